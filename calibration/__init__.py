@@ -1,0 +1,1 @@
+"""Everything that looks at data or at a device."""
