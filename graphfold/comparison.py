@@ -103,8 +103,10 @@ def absolute_error(expected: NDArray[Any], actual: NDArray[Any]) -> NDArray[np.f
 
 def _integer_error(expected: NDArray[Any], actual: NDArray[Any]) -> NDArray[np.float64]:
     if expected.dtype.kind in "iub" and actual.dtype.kind in "iub":
-        return np.abs(expected.astype(np.float64) - actual.astype(np.float64))
-    return (expected != actual).astype(np.float64)
+        error: NDArray[np.float64] = np.abs(expected.astype(float) - actual.astype(float))
+        return error
+    unequal: NDArray[np.float64] = (expected != actual).astype(np.float64)
+    return unequal
 
 
 def finite_scale(array: NDArray[Any]) -> float:
