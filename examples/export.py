@@ -213,7 +213,8 @@ def _constant(
     result = onnx.ValueInfoProto(name=name)
     graph = onnx.helper.make_graph(nodes, "constant", [], [result])
     part = onnx.helper.make_model(graph, opset_imports=model.opset_import)
-    return np.asarray(ReferenceEvaluator(part).run(None, {})[0])
+    values: Any = ReferenceEvaluator(part).run(None, {})
+    return np.asarray(values[0])
 
 
 def _add_pads(conv: onnx.NodeProto, amounts: list[int]) -> None:

@@ -47,7 +47,11 @@ def _norms(module: nn.Module) -> list[nn.BatchNorm2d]:
 
 def _activated(module: nn.Module) -> set[nn.Module]:
     """The normalisations that an activation follows in their own layer."""
-    return {m.bn for m in module.modules() if isinstance(m, ConvBn) and hasattr(m, "act")}
+    return {
+        m.get_submodule("bn")
+        for m in module.modules()
+        if isinstance(m, ConvBn) and hasattr(m, "act")
+    }
 
 
 @torch.no_grad()
@@ -89,4 +93,5 @@ def _disturb(norm: nn.BatchNorm2d, generator: torch.Generator) -> None:
 def _centre(module: nn.Module, images: Tensor) -> None:
     """Shift the logits' mean to about zero, so that a relative tolerance is one of the signal."""
     linear = [m for m in module.modules() if isinstance(m, nn.Linear)][-1]
+    linear.bias.zero_()
     linear.bias.sub_(module(images).mean(0))
