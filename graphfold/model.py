@@ -64,8 +64,9 @@ def load(source: Source, *, check: bool = True) -> Model:
     Args:
         source: a file, the bytes of one, or a model in memory, which is copied: later changes of
             either do not reach the other (tensors of an onnx-ir model are shared).
-        check: also run ONNX's checker and look at the size of all tensor data. Operators of
-            unknown domains, and unknown operators, are never an error.
+        check: also run ONNX's checker and look at the size of inline tensor data. Operators of
+            unknown domains, and unknown operators, are never an error. Wiring and data files are
+            always looked at.
 
     Raises:
         ModelError: the source is missing, damaged, no ONNX model, or not a valid one.
@@ -128,7 +129,7 @@ def _load_proto(proto: onnx.ModelProto, path: Path | None, *, check: bool) -> Mo
         if isinstance(tensor, onnx_ir.ExternalTensor):
             model._external = True
             _locate(tensor, path)
-        if check:
+        if check or isinstance(tensor, onnx_ir.ExternalTensor):
             checks.check_tensor(tensor)
     if check:
         checks.check_operators(protos.write(ir, header, payload=protos.Payload.STUB))

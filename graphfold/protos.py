@@ -180,6 +180,8 @@ def _lossy_attribute(attribute: onnx.AttributeProto) -> bool:
     if attribute.ref_attr_name:
         return False
     kind = attribute.type
+    if kind == _AttributeType.STRING:
+        return not _is_utf8(attribute.s)
     if kind == _AttributeType.STRINGS:
         return not all(_is_utf8(text) for text in attribute.strings)
     if kind == _AttributeType.TYPE_PROTO:
@@ -219,7 +221,10 @@ def _make_representable(graph: _AnyGraph) -> None:
 
 
 def _make_attribute_representable(attribute: onnx.AttributeProto) -> None:
-    """Give an untyped attribute (allowed in IR version 1) its type, or put a placeholder."""
+    """Give an untyped attribute (allowed in IR version 1) its type, or put a placeholder.
+
+    `_opaque_attribute` replaces the placeholder once onnx-ir has read the rest of the node.
+    """
     if attribute.type == _AttributeType.UNDEFINED:
         for name, kind in _VALUE_FIELDS.items():
             if name in {set_field.name for set_field, _ in attribute.ListFields()}:
@@ -290,7 +295,26 @@ def _remember_info(info: onnx.ValueInfoProto, value: onnx_ir.Value, role: str) -
         value.meta.setdefault(_KEY, {})[role] = _Origin(canonical, _copy(info))
 
 
+def _opaque_attribute(proto: onnx.AttributeProto) -> onnx_ir.Attr | None:
+    """Return an attribute that onnx-ir would refuse, its value being bytes or protos."""
+    if not _lossy_attribute(proto) or proto.type == _AttributeType.UNDEFINED:
+        return None
+    value: Any = getattr(
+        proto, next(key for key, kind in _VALUE_FIELDS.items() if kind == proto.type)
+    )
+    if isinstance(value, Message):
+        value = _copy(value)
+    elif not isinstance(value, bytes):
+        value = tuple(_copy(item) if isinstance(item, Message) else item for item in value)
+    kind = onnx_ir.AttributeType(proto.type)
+    return onnx_ir.Attr(proto.name, kind, value, doc_string=proto.doc_string or None)
+
+
 def _remember_node(proto: onnx.NodeProto, node: onnx_ir.Node) -> None:
+    for attribute in proto.attribute:
+        opaque = _opaque_attribute(attribute)
+        if opaque is not None:
+            node.attributes[attribute.name] = opaque
     nested = any(attr.type in _NESTED for attr in node.attributes.values() if not attr.is_ref())
     if not nested:
         # The common case, in one comparison.
@@ -579,8 +603,36 @@ def _write_attribute_header(proto: onnx.AttributeProto, attr: onnx_ir.Attr) -> N
         proto.type = _AttributeType.AttributeType.ValueType(attr.type.value)
         if attr.doc_string:
             proto.doc_string = attr.doc_string
+    elif _is_opaque(attr.value):
+        proto.name = attr.name
+        proto.type = _AttributeType.AttributeType.ValueType(attr.type.value)
+        if attr.doc_string:
+            proto.doc_string = attr.doc_string
+        _write_opaque(proto, attr.value)
     else:
         serde.serialize_attribute_into(proto, attr)
+
+
+def _is_opaque(value: Any) -> bool:
+    """Whether it is a value of `_opaque_attribute`."""
+    first = value[0] if isinstance(value, tuple) and value else value
+    return isinstance(first, bytes | Message)
+
+
+def _write_opaque(proto: onnx.AttributeProto, value: Any) -> None:
+    name = next(key for key, kind in _VALUE_FIELDS.items() if kind == proto.type)
+    if isinstance(value, bytes):
+        setattr(proto, name, value)
+    elif isinstance(value, Message):
+        getattr(proto, name).CopyFrom(value)
+    else:
+        getattr(proto, name).extend(
+            item if isinstance(item, Message) else _bytes(item) for item in value
+        )
+
+
+def _bytes(text: str | bytes) -> bytes:
+    return text if isinstance(text, bytes) else text.encode()
 
 
 def _write_attribute_content(
