@@ -1,3 +1,155 @@
-"""graphfold: make exported CNN ONNX models shallower."""
+"""graphfold: make exported CNNs shallower and faster after training.
+
+The public API, thin and typed; `graphfold --help` is the same on the command line.
+"""
+
+from __future__ import annotations
 
 __version__ = "0.1.0"
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from graphfold.calibration.latency import LatencyComparison
+    from graphfold.inspection import Inspection
+    from graphfold.optimizer import Result
+    from graphfold.plan import PlanSource
+    from graphfold.rewrite import Progress
+    from graphfold.verification import Verification
+
+__all__ = ["bench", "inspect", "optimize", "verify"]
+
+
+def optimize(
+    model: Any,
+    plan: PlanSource | None = None,
+    *,
+    passes: Sequence[str] | None = None,
+    skip_passes: Sequence[str] = (),
+    allow_other_model: bool = False,
+    allow_growth: bool = False,
+    border_repair: str | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    inputs: Iterable[Mapping[str, NDArray[Any]]] | None = None,
+    tolerance: float | None = None,
+    verify: bool = True,
+    require_verify: bool = False,
+    strip_metadata: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Apply a plan to a model, merge every run that became linear, verify the result.
+
+    Args:
+        model: path, bytes, onnx.ModelProto, onnx_ir.Model, graphfold Model, or an
+            onnx_graphsurgeon Graph. It is not modified.
+        plan: path of a plan file, a mapping, or a Plan; None folds only what is exact and
+            lowers the cost.
+        passes, skip_passes: rewrites to run, or to leave out, by name.
+        allow_other_model: accept a plan made for another file where its tensors exist.
+        allow_growth: merge loose runs even where cost rises.
+        border_repair: force one repair of merged borders (`graphfold.emit.REPAIRS`); by default
+            the cheapest is chosen.
+        input_shapes: sizes of inputs that the model leaves open, by name ("" for the only one).
+        inputs: feeds by input name to verify on; random ones by default.
+        tolerance: largest accepted error relative to max|y|.
+        verify: compare the folded network with the plan's reference network.
+        require_verify: fail where onnxruntime cannot run the model.
+        strip_metadata: remove provenance and exporters' stack traces.
+        progress: called with (stage, done, total).
+
+    Returns:
+        the folded network (`.model` as a ModelProto, `.folded`), the reference network and a
+        report. For a graphsurgeon graph, `graphfold.graphsurgeon.to_graphsurgeon` converts back.
+
+    Raises:
+        PlanError: the plan is malformed or does not fit; all problems at once.
+        VerificationError: the folded network differs from the reference.
+        ModelError, UsageError: bad input.
+    """
+    from graphfold.optimizer import load_any, optimize_model
+
+    return optimize_model(
+        load_any(model),
+        plan,
+        passes=passes,
+        skip_passes=skip_passes,
+        allow_other_model=allow_other_model,
+        allow_growth=allow_growth,
+        border_repair=border_repair,
+        input_shapes=input_shapes,
+        inputs=inputs,
+        tolerance=tolerance,
+        verify=verify,
+        require_verify=require_verify,
+        strip_metadata=strip_metadata,
+        progress=progress,
+    )
+
+
+def inspect(model: Any, *, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Inspection:
+    """Sites, blocks and costs of a model, and what would fold without a plan.
+
+    Raises:
+        ModelError, UsageError: bad input.
+    """
+    from graphfold.graph import Graph
+    from graphfold.inspection import build_inspection
+    from graphfold.optimizer import load_any
+    from graphfold.rewrite import Phase, Work, run_passes, select_passes
+
+    loaded = load_any(model)
+    graph = Graph(loaded)
+    trial = Graph(loaded.clone(), dict(graph.shapes))
+    statistics = run_passes(select_passes(), Phase.FOLD, Work(trial))
+    return build_inspection(
+        graph,
+        model=None if loaded.path is None else str(loaded.path),
+        input_shapes=input_shapes,
+        folds=[fold for each in statistics for fold in each.folds],
+        skipped=[skip for each in statistics for skip in each.skipped],
+    )
+
+
+def verify(
+    a: Any,
+    b: Any,
+    *,
+    inputs: Iterable[Mapping[str, NDArray[Any]]] | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    tolerance: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compare the outputs of two models; `a` is the one that is right.
+
+    Raises:
+        ModelError, DataError, UsageError: bad input.
+    """
+    from graphfold.optimizer import load_any
+    from graphfold.verify import verify as compare
+
+    return compare(
+        load_any(a),
+        load_any(b),
+        inputs=inputs,
+        input_shapes=input_shapes,
+        tolerance=tolerance,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def bench(models: Sequence[Any], **options: Any) -> LatencyComparison:
+    """Interleaved latency of models in onnxruntime, see `graphfold.calibration.latency.compare`.
+
+    Raises:
+        ModelError, DataError, UsageError: bad input.
+    """
+    from graphfold.calibration.latency import compare
+    from graphfold.optimizer import load_any
+
+    return compare([load_any(model) for model in models], **options)

@@ -1,0 +1,391 @@
+"""What passes ask of a graph: producers, consumers, constants, shapes, safe replacement.
+
+Thin functions and one small class on onnx-ir's use-def links; nothing here scans the whole graph
+more than once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from graphfold.model import Model
+
+Dim = int | str | None
+TensorShape = tuple[Dim, ...]
+
+DEFAULT_DOMAINS = ("", "ai.onnx")
+_TRANSPARENT = frozenset({"Identity"})
+
+
+def is_op(node: ir.Node | None, *op_types: str) -> bool:
+    """Whether `node` is one of these operators of the default ONNX domain."""
+    return node is not None and node.domain in DEFAULT_DOMAINS and node.op_type in op_types
+
+
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
+    """The attribute's Python value, or `default` where the node does not carry it.
+
+    A reference attribute (inside a function body) has no value: `default` is returned and
+    callers that must know use `has_reference_attributes`.
+    """
+    found = node.attributes.get(name)
+    if found is None or found.is_ref():
+        return default
+    return found.value
+
+
+def has_reference_attributes(node: ir.Node) -> bool:
+    """Whether some attribute's value is only known where the enclosing function is called."""
+    return any(attr.is_ref() for attr in node.attributes.values())
+
+
+def single_output(node: ir.Node) -> ir.Value:
+    """The node's only used output."""
+    return node.outputs[0]
+
+
+def consumers(value: ir.Value) -> list[ir.Node]:
+    """Nodes that read `value`, each once, in order of first use."""
+    return list(dict.fromkeys(usage.node for usage in value.uses()))
+
+
+def only_consumer(value: ir.Value) -> ir.Node | None:
+    """The one node that reads `value` and nothing else does, graph outputs included."""
+    if value.is_graph_output():
+        return None
+    readers = consumers(value)
+    return readers[0] if len(readers) == 1 else None
+
+
+class Graph:
+    """One model's main graph with constants, shapes and names at hand.
+
+    Args:
+        model: the loaded model; passes edit `model.ir.graph` in place.
+        shapes: inferred shapes by tensor name, see `infer_shapes`.
+    """
+
+    def __init__(self, model: Model, shapes: dict[str, TensorShape] | None = None) -> None:
+        self.model = model
+        self.ir = model.ir.graph
+        self.shapes = infer_shapes(model) if shapes is None else shapes
+        self._names = _all_names(self.ir)
+        self._constants: dict[ir.Value, NDArray[Any] | None] = {}
+        self._moved: dict[ir.Value, ir.Value] = {}
+
+    @property
+    def opset(self) -> int:
+        """Version of the default ONNX operator set that the model imports."""
+        imports = self.model.ir.opset_imports
+        return imports.get("", imports.get("ai.onnx", 1))
+
+    def nodes(self) -> list[ir.Node]:
+        """The nodes in execution order, as a list that stays valid while the graph is edited."""
+        return list(self.ir)
+
+    def shape(self, value: ir.Value | None) -> TensorShape | None:
+        """Shape of a tensor; None where its rank is unknown."""
+        if value is None:
+            return None
+        if value.name is not None and value.name in self.shapes:
+            return self.shapes[value.name]
+        return _declared_shape(value)
+
+    def sizes(self, value: ir.Value | None) -> tuple[int | None, ...] | None:
+        """Spatial sizes of an [N, C, ...] tensor, None for each that is not fixed."""
+        shape = self.shape(value)
+        if shape is None or len(shape) < 2:
+            return None
+        return tuple(dim if isinstance(dim, int) else None for dim in shape[2:])
+
+    def channels(self, value: ir.Value | None) -> int | None:
+        """Number of channels (axis 1) where it is fixed."""
+        shape = self.shape(value)
+        if shape is None or len(shape) < 2 or not isinstance(shape[1], int):
+            return None
+        return shape[1]
+
+    def dtype(self, value: ir.Value) -> ir.DataType | None:
+        """Element type of a tensor, from its type, its constant, or what made it."""
+        if value.dtype is not None:
+            return value.dtype
+        if value.const_value is not None:
+            return value.const_value.dtype
+        producer = value.producer()
+        if producer is not None and producer.inputs and producer.inputs[0] is not None:
+            return self.dtype(producer.inputs[0])
+        return None
+
+    def is_overridable(self, value: ir.Value) -> bool:
+        """An initializer that callers may replace at run time: also a graph input, IR >= 4."""
+        ir_version = self.model.ir.ir_version or 0
+        return value.is_graph_input() and value.is_initializer() and ir_version >= 4
+
+    def constant(self, value: ir.Value | None) -> NDArray[Any] | None:
+        """The tensor's value where it is fixed in the model, else None.
+
+        Initializers that callers may override are not constants.
+        """
+        if value is None:
+            return None
+        if value not in self._constants:
+            self._constants[value] = self._constant(value)
+        return self._constants[value]
+
+    def is_constant(self, value: ir.Value | None) -> bool:
+        """Like `constant(value) is not None`, without reading the tensor's data."""
+        if value is None:
+            return False
+        if value.is_initializer():
+            is_input = value.is_graph_input() and self.is_overridable(value)
+            return value.const_value is not None and not is_input
+        producer = value.producer()
+        if producer is None:
+            return False
+        if is_op(producer, "Constant"):
+            return not has_reference_attributes(producer)
+        return is_op(producer, *_TRANSPARENT) and self.is_constant(producer.inputs[0])
+
+    def _constant(self, value: ir.Value) -> NDArray[Any] | None:
+        if not self.is_constant(value):
+            return None
+        if value.is_initializer() and value.const_value is not None:
+            return value.const_value.numpy()
+        producer = value.producer()
+        assert producer is not None
+        if is_op(producer, "Constant"):
+            return _constant_node_value(producer)
+        return self.constant(producer.inputs[0])
+
+    def current(self, value: ir.Value) -> ir.Value:
+        """The tensor that stands for `value` after what was replaced and bypassed since."""
+        while value in self._moved:
+            value = self._moved[value]
+        return value
+
+    def fresh_name(self, base: str) -> str:
+        """A new tensor name `<base>/graphfold.N` that nothing in the model uses."""
+        number = 0
+        while f"{base}/graphfold.{number}" in self._names:
+            number += 1
+        name = f"{base}/graphfold.{number}"
+        self._names.add(name)
+        return name
+
+    def add_initializer(self, base: str, data: NDArray[Any]) -> ir.Value:
+        """Register `data` as a new initializer named after tensor `base`."""
+        name = self.fresh_name(base)
+        tensor = ir.tensor(np.ascontiguousarray(data), name=name)
+        value = ir.Value(name=name, shape=tensor.shape, const_value=tensor)
+        value.type = ir.TensorType(tensor.dtype)
+        self.ir.register_initializer(value)
+        self.shapes[name] = tuple(int(size) for size in data.shape)
+        return value
+
+    def rename(self, value: ir.Value, name: str) -> None:
+        """Give a tensor another name and keep its shape known."""
+        if value.name is not None and value.name in self.shapes:
+            self.shapes[name] = self.shapes.pop(value.name)
+        value.name = name
+        self._names.add(name)
+
+    def bypass(self, output: ir.Value, source: ir.Value) -> ir.Value:
+        """Let every reader of `output` read `source` instead; interface names survive.
+
+        Where `output` is a graph output, its name moves to `source`, or an Identity carries it
+        when `source` is itself part of the interface or read elsewhere.
+
+        Returns:
+            the tensor that now stands for `output`.
+        """
+        producer = output.producer()
+        if not output.is_graph_output():
+            output.replace_all_uses_with(source)
+            self._moved[output] = source
+            return source
+        assert producer is not None
+        if source.producer() is None or source.is_graph_output() or len(consumers(source)) > 1:
+            return self._bypass_with_identity(output, source, producer)
+        name = output.name
+        assert name is not None
+        self._move_output_fields(output, source)
+        output.name = None
+        output.replace_all_uses_with(source, replace_graph_outputs=True)
+        self.rename(source, name)
+        self._moved[output] = source
+        return source
+
+    def _bypass_with_identity(
+        self, output: ir.Value, source: ir.Value, producer: ir.Node
+    ) -> ir.Value:
+        for usage in list(output.uses()):
+            usage.node.replace_input_with(usage.idx, source)
+        identity = ir.Node("", "Identity", [source])
+        self.ir.insert_before(producer, identity)
+        self.take_over(output, identity.outputs[0])
+        return identity.outputs[0]
+
+    def take_over(self, old: ir.Value, new: ir.Value) -> None:
+        """Put `new` in the place of `old` everywhere: name, type, shape, uses, graph outputs."""
+        name = old.name
+        self._move_output_fields(old, new)
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        old.name = None
+        new.name = name
+        self._moved[old] = new
+
+    @staticmethod
+    def _move_output_fields(old: ir.Value, new: ir.Value) -> None:
+        new.type = old.type
+        new.shape = old.shape
+        new.doc_string = old.doc_string
+        new.metadata_props.update(old.metadata_props)
+        new.meta.update(old.meta)
+
+    def remove_dead(self, candidates: Iterable[ir.Node]) -> list[ir.Node]:
+        """Remove those of `candidates`, and what only fed them, that nothing reads any more.
+
+        Initializers that lose their last reader go too, unless they are graph inputs or
+        outputs. Nodes and initializers that were unused before are left alone.
+        """
+        removed: list[ir.Node] = []
+        queue = list(candidates)
+        while queue:
+            node = queue.pop()
+            if node.graph is None or any(
+                output.uses() or output.is_graph_output() for output in node.outputs
+            ):
+                continue
+            inputs = [value for value in node.inputs if value is not None]
+            self.ir.remove(node, safe=True)
+            removed.append(node)
+            for value in inputs:
+                self._drop_if_unused(value, queue)
+        return removed
+
+    def _drop_if_unused(self, value: ir.Value, queue: list[ir.Node]) -> None:
+        if value.uses() or value.is_graph_output():
+            return
+        producer = value.producer()
+        if producer is not None:
+            queue.append(producer)
+        elif value.is_initializer() and not value.is_graph_input():
+            assert value.name is not None
+            self.ir.initializers.pop(value.name, None)
+
+    def find_value(self, name: str) -> ir.Value | None:
+        """The main graph's tensor of that name, or None. Linear in graph size."""
+        return self.values().get(name)
+
+    def values(self) -> dict[str, ir.Value]:
+        """All named tensors of the main graph: inputs, initializers and node outputs."""
+        found: dict[str, ir.Value] = {}
+        for value in (*self.ir.inputs, *self.ir.initializers.values()):
+            if value.name:
+                found[value.name] = value
+        for node in self.ir:
+            for value in node.outputs:
+                if value.name:
+                    found[value.name] = value
+        return found
+
+
+def _constant_node_value(node: ir.Node) -> NDArray[Any] | None:
+    for name, attr in node.attributes.items():
+        if name == "value":
+            array: NDArray[Any] = attr.as_tensor().numpy()
+            return array
+        if name in ("value_float", "value_floats"):
+            return np.asarray(attr.value, dtype=np.float32)
+        if name in ("value_int", "value_ints"):
+            return np.asarray(attr.value, dtype=np.int64)
+    return None
+
+
+def _all_names(graph: ir.Graph) -> set[str]:
+    names: set[str] = set()
+    for value in (*graph.inputs, *graph.initializers.values()):
+        names.add(value.name or "")
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        names.update(value.name or "" for value in node.outputs)
+    for subgraph in graph.subgraphs():
+        names.update(value.name or "" for value in subgraph.inputs)
+        names.update(subgraph.initializers)
+    return names
+
+
+def _declared_shape(value: ir.Value) -> TensorShape | None:
+    if value.shape is None:
+        return None
+    return tuple(_plain_dim(dim) for dim in value.shape)
+
+
+def _plain_dim(dim: int | ir.SymbolicDim) -> Dim:
+    if isinstance(dim, int):
+        return dim
+    return dim.value
+
+
+def infer_shapes(model: Model) -> dict[str, TensorShape]:
+    """Shapes of all tensors of the main graph, by name, from onnx's own shape inference.
+
+    Runs on a copy without weight payloads; the model's own value_info is not touched. Tensors
+    whose rank stays unknown are absent. Models that onnx cannot infer keep declared shapes only.
+    """
+    import onnx
+
+    from graphfold.model import to_proto
+
+    shapes: dict[str, TensorShape] = {}
+    proto = to_proto(model, data=False)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except Exception:  # onnx raises bare RuntimeError and its own InferenceError alike
+        inferred = proto
+    for info in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
+        if info.type.WhichOneof("value") == "tensor_type" and info.type.tensor_type.HasField(
+            "shape"
+        ):
+            shapes[info.name] = tuple(_proto_dim(dim) for dim in info.type.tensor_type.shape.dim)
+    for tensor in inferred.graph.initializer:
+        shapes[tensor.name] = tuple(tensor.dims)
+    return shapes
+
+
+def _proto_dim(dim: Any) -> Dim:
+    kind = dim.WhichOneof("value")
+    if kind == "dim_value":
+        return int(dim.dim_value)
+    return str(dim.dim_param) if kind == "dim_param" else None
+
+
+def node_label(node: ir.Node) -> str:
+    """How messages and provenance call a node: its name, else its first output tensor."""
+    if node.name:
+        return node.name
+    return next((value.name for value in node.outputs if value.name), node.op_type)
+
+
+def topological_between(
+    entry: ir.Value, output: ir.Value, order: dict[ir.Node, int]
+) -> Sequence[ir.Node]:
+    """Nodes on paths from `entry` to `output`, constants' producers excluded, in execution order.
+
+    Walks backwards from `output` and stops at `entry`; other entries are found by the caller.
+    """
+    region: set[ir.Node] = set()
+    stack = [output]
+    while stack:
+        value = stack.pop()
+        producer = value.producer()
+        if value is entry or producer is None or producer in region:
+            continue
+        region.add(producer)
+        stack.extend(source for source in producer.inputs if source is not None)
+    return sorted(region, key=order.__getitem__)

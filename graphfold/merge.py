@@ -1,0 +1,174 @@
+"""Merging one region into one convolution: what merge passes share.
+
+A region's nodes are replaced by the convolution that equals it, its border repaired where the
+region's biases were zero-padded, under the name that its output had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphfold.affine import Geometry
+from graphfold.emit import Emitter, choose_repair, emit_affine, without_cropping
+from graphfold.errors import NotExactError
+from graphfold.graph import is_op
+from graphfold.linear import FLOAT_TYPES, Region, find_region, region_affine, region_geometry
+from graphfold.rewrite import Fold, SegmentNames, Work, provenance, replaced_labels
+
+
+@dataclass(frozen=True)
+class MergeCandidate:
+    """A region that is to become one convolution, and the plan's segment that says so, if any."""
+
+    region: Region
+    segment: SegmentNames | None = None
+
+
+def segment_regions(work: Work) -> list[MergeCandidate]:
+    """Regions of the plan's segments that are not one operator yet."""
+    values = work.graph.values()
+    order = {node: index for index, node in enumerate(work.graph.ir)}
+    found = []
+    for segment in work.segments:
+        source, output = values.get(segment.input), values.get(segment.output)
+        if source is None or output is None or source is output:
+            continue
+        producer = output.producer()
+        if producer in work.barrier:
+            continue
+        region = find_region(work.graph, source, output, order)
+        found.append(MergeCandidate(region, segment))
+    return found
+
+
+def has_join(work: Work, region: Region) -> bool:
+    """Whether a region is more than a chain: some tensor in it is read twice or summed."""
+    from graphfold.linear import is_join
+
+    return any(is_join(work.graph, node) for node in region.nodes)
+
+
+def merged_geometry(work: Work, region: Region) -> Geometry:
+    """Geometry of a region's convolution; raises NotExactError where none is equal."""
+    dtype = region_dtype(work, region)
+    if dtype not in FLOAT_TYPES:
+        raise NotExactError(f"its weights are {dtype.name if dtype else 'of unknown type'}")
+    return region_geometry(work.graph, region)
+
+
+def region_dtype(work: Work, region: Region) -> ir.DataType | None:
+    """Element type of a region: that of its first weights."""
+    for node in region.nodes:
+        if is_op(node, "Conv"):
+            return work.graph.dtype(node.inputs[1]) if node.inputs[1] is not None else None
+    return work.graph.dtype(region.entry)
+
+
+def merge_region(work: Work, candidate: MergeCandidate, pass_name: str) -> Fold:
+    """Replace a region by its convolution.
+
+    Raises:
+        NotExactError: no single convolution is equal; the graph is unchanged.
+    """
+    graph, region, segment = work.graph, candidate.region, candidate.segment
+    geometry = merged_geometry(work, region)
+    sizes = graph.sizes(region.entry)
+    repair = choose_repair(geometry, sizes, work.repair)
+    affine = region_affine(graph, region)
+    if affine.border is None:
+        repair = None
+    boundary = segment.boundary if segment else "exact"
+    metadata = provenance(region.nodes, pass_name, boundary=boundary, repair=repair)
+    output = region.output
+    producer = output.producer()
+    assert producer is not None
+    dtype = region_dtype(work, region)
+    assert dtype is not None
+    emitter = Emitter(graph, producer, output.name or "merged", metadata)
+    result = emit_affine(emitter, region.entry, affine, _numpy(dtype), repair)
+    made = result.producer()
+    assert made is not None
+    graph.take_over(output, result)
+    graph.remove_dead(region.nodes)
+    work.barrier.update(_produced_between(region.entry, result))
+    final = without_cropping(affine)
+    return Fold(
+        output=result.name or "",
+        replaces=replaced_labels(metadata),
+        kernel=tuple(axis.kernel for axis in final.axes),
+        strides=tuple(axis.stride for axis in final.axes),
+        groups=final.groups,
+        boundary=boundary,
+        repair=repair,
+        reach=reach(final.geometry),
+        pass_name=pass_name,
+        segment=segment.path if segment else None,
+    )
+
+
+def _numpy(dtype: ir.DataType) -> np.dtype[np.generic]:
+    return np.dtype(dtype.numpy())
+
+
+def _produced_between(entry: ir.Value, result: ir.Value) -> set[ir.Node]:
+    made: set[ir.Node] = set()
+    stack = [result]
+    while stack:
+        value = stack.pop()
+        producer = value.producer()
+        if value is entry or producer is None or producer in made:
+            continue
+        made.add(producer)
+        stack.extend(source for source in producer.inputs if source is not None)
+    return made
+
+
+def reach(geometry: Geometry) -> tuple[tuple[int, int], ...]:
+    """Output rows per side of each axis whose window may reach into padding."""
+    return tuple(
+        (-(-max(0, axis.begin) // axis.stride), -(-max(0, axis.end) // axis.stride))
+        for axis in geometry.axes
+    )
+
+
+def segment_problems(work: Work) -> Sequence[tuple[SegmentNames, str, str | None]]:
+    """Segments that no single convolution equals or that contradict what the plan states.
+
+    Returns:
+        (segment, reason, hint) for each.
+    """
+    problems: list[tuple[SegmentNames, str, str | None]] = []
+    for candidate in segment_regions(work):
+        segment = candidate.segment
+        assert segment is not None
+        try:
+            geometry = merged_geometry(work, candidate.region)
+        except NotExactError as error:
+            works = error.boundary_that_works if segment.boundary == "exact" else None
+            hint = f"boundary: {works} would work" if works else None
+            problems.append((segment, error.what, hint))
+            continue
+        problems += [(segment, what, hint) for what, hint in _mismatches(segment, geometry)]
+    return problems
+
+
+def _mismatches(segment: SegmentNames, geometry: Geometry) -> list[tuple[str, str | None]]:
+    found: list[tuple[str, str | None]] = []
+    if segment.kernel is not None and segment.kernel != geometry.kernel:
+        what = f"states kernel {list(segment.kernel)}, and the merge gives {list(geometry.kernel)}"
+        found.append((what, None))
+    family = family_of(geometry)
+    if segment.family is not None and segment.family != family:
+        found.append((f"states family {segment.family}, and the merge gives {family}", None))
+    return found
+
+
+def family_of(geometry: Geometry) -> str:
+    """`pointwise`, `depthwise` or `dense` (grouped counts as dense)."""
+    if geometry.groups == geometry.in_channels > 1:
+        return "depthwise"
+    return "pointwise" if all(size == 1 for size in geometry.kernel) else "dense"

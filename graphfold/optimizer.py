@@ -1,0 +1,258 @@
+"""The main job: a model and a plan in, a folded and verified network out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphfold import __version__
+from graphfold.errors import PlanError, UsageError, VerificationError
+from graphfold.graph import Graph
+from graphfold.model import Model, compare_interfaces, load, to_proto
+from graphfold.plan import Plan, PlanSource, read_plan
+from graphfold.reference import Reference, build_reference
+from graphfold.report import Report, build_report, snapshot
+from graphfold.rewrite import (
+    METADATA_PREFIX,
+    Pass,
+    PassStatistics,
+    Phase,
+    Progress,
+    Work,
+    run_passes,
+    select_passes,
+)
+
+if TYPE_CHECKING:
+    import onnx
+    from numpy.typing import NDArray
+
+    from graphfold.verification import Verification
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `optimize` returns.
+
+    Attributes:
+        folded: the folded network.
+        reference: the plan's semantics with nothing merged; the input where there is no plan.
+        report: what was done, what it won, and how it was checked.
+    """
+
+    folded: Model
+    reference: Model
+    report: Report
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The folded network as an onnx.ModelProto."""
+        return to_proto(self.folded)
+
+
+@dataclass
+class _Clock:
+    """Seconds per stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, progress: Progress | None) -> Iterator[None]:
+        if progress is not None:
+            progress(name, 0, 0)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+def optimize_model(
+    source: Model,
+    plan: PlanSource | None,
+    *,
+    passes: Sequence[str] | None = None,
+    skip_passes: Sequence[str] = (),
+    allow_other_model: bool = False,
+    allow_growth: bool = False,
+    border_repair: str | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    inputs: Iterable[Mapping[str, NDArray[Any]]] | None = None,
+    tolerance: float | None = None,
+    verify: bool = True,
+    require_verify: bool = False,
+    strip_metadata: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Apply a plan to a loaded model, fold, verify; see `graphfold.optimize`."""
+    if require_verify and not verify:
+        raise UsageError("verify=False contradicts require_verify")
+    clock = _Clock()
+    chosen = select_passes(passes, skip_passes)
+    parsed = None if plan is None else read_plan(plan)
+    with clock.stage("reference", progress):
+        reference = _located(plan, source, parsed, chosen, allow_other_model, progress)
+    with clock.stage("fold", progress):
+        work = Work(
+            _fold_graph(reference),
+            segments=reference.segments,
+            allow_growth=allow_growth,
+            repair=border_repair,
+        )
+        statistics = run_passes(chosen, Phase.FOLD, work, progress)
+    folded = work.graph.model
+    changed = parsed is not None or any(each.applied for each in statistics)
+    _finish(folded, parsed if changed else None, changed, strip_metadata)
+    verification = None
+    if verify:
+        with clock.stage("verify", progress):
+            verification = _verify(
+                source, reference, folded, statistics, inputs, input_shapes, tolerance, progress
+            )
+        _refuse_failure(verification, require_verify)
+    with clock.stage("report", progress):
+        report = _report(
+            source, reference, folded, plan, parsed, statistics, verification, clock, input_shapes
+        )
+    return Result(folded, reference.model, report)
+
+
+def _located(
+    plan: PlanSource | None,
+    source: Model,
+    parsed: Plan | None,
+    chosen: Sequence[Pass],
+    allow_other_model: bool,
+    progress: Progress | None,
+) -> Reference:
+    """Build the reference network; errors of a plan file name the file."""
+    try:
+        return build_reference(
+            source, parsed, chosen, allow_other_model=allow_other_model, progress=progress
+        )
+    except PlanError as error:
+        if isinstance(plan, (str, os.PathLike)):
+            raise PlanError(error.problems, where=str(plan)) from None
+        raise
+
+
+def _fold_graph(reference: Reference) -> Graph:
+    """A copy to fold; shapes carry over by name, nothing is inferred again."""
+    return Graph(reference.model.clone(), dict(reference.graph.shapes))
+
+
+def _finish(folded: Model, plan: Plan | None, changed: bool, strip_metadata: bool) -> None:
+    metadata = folded.ir.metadata_props
+    if changed and not strip_metadata:
+        metadata[f"{METADATA_PREFIX}version"] = __version__
+        if plan is not None:
+            metadata[f"{METADATA_PREFIX}plan"] = plan.digest
+    if strip_metadata:
+        _strip(folded)
+
+
+def _strip(model: Model) -> None:
+    """Remove provenance and exporters' stack traces, which hold local paths."""
+    graphs = [model.ir.graph, *model.ir.graph.subgraphs()]
+    holders: list[dict[str, str]] = [model.ir.metadata_props]
+    for function in model.ir.functions.values():
+        holders.append(function.metadata_props)
+        holders += [node.metadata_props for node in function]
+    for graph in graphs:
+        holders.append(graph.metadata_props)
+        for node in graph:
+            holders.append(node.metadata_props)
+            if node.doc_string and ".py" in node.doc_string:
+                node.doc_string = None
+    for metadata in holders:
+        for key in list(metadata):
+            if key.startswith(METADATA_PREFIX) or key.endswith("stack_trace"):
+                del metadata[key]
+
+
+def _verify(
+    source: Model,
+    reference: Reference,
+    folded: Model,
+    statistics: Sequence[PassStatistics],
+    inputs: Iterable[Mapping[str, NDArray[Any]]] | None,
+    input_shapes: Mapping[str, Sequence[int]] | None,
+    tolerance: float | None,
+    progress: Progress | None,
+) -> Verification:
+    from graphfold.verify import verify as compare
+
+    differences = compare_interfaces(source, folded)
+    if differences:
+        raise VerificationError(
+            "the folded network's interface differs: " + "; ".join(differences),
+            hint="this is a bug in a rewrite; --passes and --skip-pass narrow it down",
+        )
+    return compare(
+        reference.model,
+        folded,
+        folds=_ordered_folds(folded, statistics),
+        inputs=inputs,
+        input_shapes=input_shapes,
+        original=source,
+        tolerance=tolerance,
+        progress=progress,
+    )
+
+
+def _ordered_folds(folded: Model, statistics: Sequence[PassStatistics]) -> list[Any]:
+    """Folds in execution order, so that the first that deviates is named first."""
+    position = {
+        value.name: index for index, node in enumerate(folded.ir.graph) for value in node.outputs
+    }
+    folds = [fold for each in statistics for fold in each.folds if fold.output in position]
+    return sorted(folds, key=lambda fold: position[fold.output])
+
+
+def _refuse_failure(verification: Verification, require_verify: bool) -> None:
+    if verification.passed is False:
+        raise VerificationError(f"verification failed: {verification.failure()}")
+    if verification.passed is None and require_verify:
+        raise VerificationError(f"could not be verified: {verification.reason}")
+
+
+def _report(
+    source: Model,
+    reference: Reference,
+    folded: Model,
+    plan: PlanSource | None,
+    parsed: Plan | None,
+    statistics: Sequence[PassStatistics],
+    verification: Verification | None,
+    clock: _Clock,
+    input_shapes: Mapping[str, Sequence[int]] | None,
+) -> Report:
+    every = [*reference.statistics, *statistics]
+    before = snapshot(source, input_shapes=input_shapes)
+    return build_report(
+        before,
+        Graph(folded),
+        _ordered_folds(folded, statistics),
+        [skip for each in every for skip in each.skipped],
+        every,
+        verification,
+        clock.seconds,
+        model=None if source.path is None else str(source.path),
+        plan=str(plan) if isinstance(plan, (str, Path)) else None,
+        plan_digest=None if parsed is None else parsed.digest,
+        version=__version__,
+        input_shapes=input_shapes,
+        warnings=reference.warnings,
+    )
+
+
+def load_any(source: Any) -> Model:
+    """A model from a path, bytes, ModelProto, onnx-ir model, or onnx_graphsurgeon graph."""
+    if type(source).__module__.startswith("onnx_graphsurgeon"):
+        from graphfold.graphsurgeon import from_graphsurgeon
+
+        return from_graphsurgeon(source)
+    return load(source)

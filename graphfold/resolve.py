@@ -1,0 +1,235 @@
+"""What a plan means on a given model: names become sites, segments become regions.
+
+All problems are collected before anything is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import onnx_ir as ir
+
+from graphfold.errors import NotExactError, PlanError, Problem
+from graphfold.graph import Graph, node_label
+from graphfold.importers import expand_short_forms
+from graphfold.linear import find_region
+from graphfold.plan import Activation, LikeActivation, Plan, Segment, nearest
+from graphfold.sites import ActivationSite, ConvSite, Sites, find_sites
+
+Site = TypeVar("Site", ActivationSite, ConvSite)
+
+
+@dataclass
+class ResolvedSegment:
+    """A segment of the plan with the tensors, nodes and sites that it stands for."""
+
+    path: str
+    spec: Segment
+    input: ir.Value
+    output: ir.Value
+    nodes: frozenset[ir.Node]
+    activations: tuple[ActivationSite, ...] = ()
+    convs: tuple[ConvSite, ...] = ()
+
+
+@dataclass
+class AddedAt:
+    """A free activation and the tensor that it follows."""
+
+    path: str
+    value: ir.Value
+    activation: Activation
+    template: ActivationSite | None = None
+
+
+@dataclass
+class ResolvedPlan:
+    """A plan on one graph: everything it names, found."""
+
+    segments: list[ResolvedSegment] = field(default_factory=list)
+    activations: list[ActivationSite] = field(default_factory=list)
+    convs: list[ConvSite] = field(default_factory=list)
+    added: list[AddedAt] = field(default_factory=list)
+
+
+def resolve_plan(graph: Graph, plan: Plan) -> ResolvedPlan:
+    """Find everything a plan names on a graph.
+
+    Raises:
+        PlanError: unknown tensors, tensors that are no site, segments that are not
+            single-entry single-exit or overlap, contradictions; all at once.
+    """
+    sites = find_sites(graph)
+    expanded = expand_short_forms(graph, sites, plan)
+    return _Resolver(graph, sites).resolve(expanded)
+
+
+class _Resolver:
+    """Looks names up and collects what is wrong with them."""
+
+    def __init__(self, graph: Graph, sites: Sites) -> None:
+        self.graph = graph
+        self.sites = sites
+        self.values = graph.values()
+        self.activations = {site.name: site for site in sites.activations}
+        self.convs = {site.name: site for site in sites.convs}
+        self.problems: list[Problem] = []
+
+    def resolve(self, plan: Plan) -> ResolvedPlan:
+        resolved = ResolvedPlan()
+        for number, spec in enumerate(plan.segments):
+            segment = self.segment(f"segments[{number}]", spec)
+            if segment is not None:
+                resolved.segments.append(segment)
+        self.check_overlaps(resolved.segments)
+        resolved.activations = self.sites_named(
+            "remove_activations", plan.remove_activations, self.activations, "an activation site"
+        )
+        resolved.convs = self.removable(
+            self.sites_named("remove_convs", plan.remove_convs, self.convs, "a conv site"),
+            "remove_convs",
+        )
+        self.check_loose(resolved)
+        resolved.added = list(self.additions(plan, resolved))
+        if self.problems:
+            raise PlanError(self.problems)
+        return resolved
+
+    def value(self, path: str, name: str) -> ir.Value | None:
+        found = self.values.get(name)
+        if found is None:
+            hint = nearest(name, self.values)
+            self.problems.append(Problem(path, f"the model has no tensor {name!r}", hint))
+        return found
+
+    def segment(self, path: str, spec: Segment) -> ResolvedSegment | None:
+        source = self.value(f"{path}.input", spec.input)
+        output = self.value(f"{path}.output", spec.output)
+        if source is None or output is None:
+            return None
+        try:
+            region = find_region(self.graph, source, output, self.sites.order)
+        except NotExactError as error:
+            self.problems.append(
+                Problem(
+                    path, f"is not a segment from {spec.input!r} to {spec.output!r}", error.what
+                )
+            )
+            return None
+        nodes = frozenset(region.nodes)
+        segment = ResolvedSegment(path, spec, source, output, nodes)
+        segment.activations = tuple(self.segment_activations(segment))
+        convs = self.sites_named(
+            f"{path}.remove_convs", spec.remove_convs, self.convs, "a conv site"
+        )
+        segment.convs = tuple(self.removable(convs, f"{path}.remove_convs"))
+        for site in segment.convs:
+            self.check_inside(f"{path}.remove_convs", site.name, site.nodes, nodes)
+        return segment
+
+    def segment_activations(self, segment: ResolvedSegment) -> Iterable[ActivationSite]:
+        names, path = segment.spec.remove_activations, f"{segment.path}.remove_activations"
+        inside = [site for site in self.sites.activations if segment.nodes.issuperset(site.nodes)]
+        if names is None:
+            return inside
+        chosen = self.sites_named(path, names, self.activations, "an activation site")
+        for site in chosen:
+            self.check_inside(path, site.name, site.nodes, segment.nodes)
+        if segment.spec.family != "identity":
+            for site in inside:
+                if site not in chosen:
+                    what = f"keeps the activation {site.name!r}, so the segment is not linear"
+                    self.problems.append(Problem(path, what, "name it, or end the segment before"))
+        return chosen
+
+    def check_inside(
+        self, path: str, name: str, nodes: Sequence[ir.Node], region: frozenset[ir.Node]
+    ) -> None:
+        if not region.issuperset(nodes):
+            self.problems.append(Problem(path, f"{name!r} is not inside the segment"))
+
+    def sites_named(
+        self, path: str, names: Sequence[str], known: dict[str, Site], noun: str
+    ) -> list[Site]:
+        found = []
+        for number, name in enumerate(names):
+            if name in known:
+                found.append(known[name])
+                continue
+            at = f"{path}[{number}]"
+            if name in self.values:
+                what, hint = f"tensor {name!r} is not the output of {noun}", self.owner(name, known)
+            else:
+                what, hint = f"the model has no tensor {name!r}", nearest(name, known)
+            self.problems.append(Problem(at, what, hint))
+        return found
+
+    def owner(self, name: str, known: dict[str, Site]) -> str | None:
+        """The site that the named tensor is an inner part of, else the nearest name."""
+        producer = self.values[name].producer()
+        for site in known.values():
+            if producer is not None and producer in site.nodes:
+                return f"the site it belongs to is named {site.name!r}"
+        return nearest(name, known)
+
+    def removable(self, convs: Sequence[ConvSite], path: str) -> list[ConvSite]:
+        for site in convs:
+            if not site.removable:
+                what = f"conv {site.name!r} cannot be removed: {site.reason}"
+                self.problems.append(Problem(path, what))
+        return [site for site in convs if site.removable]
+
+    def check_overlaps(self, segments: Sequence[ResolvedSegment]) -> None:
+        owner: dict[ir.Node, ResolvedSegment] = {}
+        reported: set[tuple[str, str]] = set()
+        for segment in segments:
+            for node in segment.nodes:
+                other = owner.setdefault(node, segment)
+                pair = (other.path, segment.path)
+                if other is not segment and pair not in reported:
+                    reported.add(pair)
+                    what = f"overlaps {other.path} at {node_label(node)!r}"
+                    self.problems.append(Problem(segment.path, what))
+
+    def check_loose(self, resolved: ResolvedPlan) -> None:
+        """Loose removals must lie outside segments: a segment says itself what goes."""
+        for key, sites in (
+            ("remove_activations", resolved.activations),
+            ("remove_convs", resolved.convs),
+        ):
+            for site in sites:
+                for segment in resolved.segments:
+                    if not segment.nodes.isdisjoint(site.nodes):
+                        what = f"{site.name!r} lies in {segment.path}"
+                        hint = f"say it in {segment.path}.{key}"
+                        self.problems.append(Problem(key, what, hint))
+
+    def additions(self, plan: Plan, resolved: ResolvedPlan) -> Iterable[AddedAt]:
+        by_path = {segment.path: segment for segment in resolved.segments}
+        for number, spec in enumerate(plan.segments):
+            path = f"segments[{number}]"
+            if spec.activation is not None and path in by_path:
+                segment = by_path[path]
+                yield from self.addition(f"{path}.activation", segment.output, spec.activation)
+        for number, extra in enumerate(plan.add_activations):
+            path = f"add_activations[{number}]"
+            value = self.value(f"{path}.tensor", extra.tensor)
+            if value is not None:
+                yield from self.addition(f"{path}.activation", value, extra.activation)
+
+    def addition(self, path: str, value: ir.Value, activation: Activation) -> Iterable[AddedAt]:
+        if self.sites.activation_after(value) is not None:
+            what = f"the model already has an activation after {value.name!r}"
+            self.problems.append(Problem(path, what, "use null"))
+            return
+        template = None
+        if isinstance(activation, LikeActivation):
+            (*found,) = self.sites_named(
+                f"{path}.like", [activation.like], self.activations, "an activation site"
+            )
+            if not found:
+                return
+            template = found[0]
+        yield AddedAt(path, value, activation, template)

@@ -1,0 +1,257 @@
+"""The Pass protocol and the PassManager: order, fixed point, statistics, provenance."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import json
+import pkgutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from graphfold.errors import UsageError
+from graphfold.graph import Graph, node_label
+from graphfold.plan import Boundary, nearest
+from graphfold.resolve import ResolvedPlan
+
+METADATA_PREFIX = "graphfold."
+Progress = Callable[[str, int, int], None]
+
+
+class Phase(IntEnum):
+    """When a pass runs: PLAN passes build the reference network, FOLD passes merge it."""
+
+    PLAN = 0
+    FOLD = 1
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One merge that was done: what it produced, from what, and how.
+
+    Attributes:
+        output: tensor that holds the merge's result; the reference network has it too.
+        replaces: labels of the nodes that became one convolution.
+        kernel, strides, groups: of the new convolution, one entry per spatial axis.
+        boundary: where padding stood in the reference network.
+        repair: how the border was made exact, None where nothing was needed.
+        reach: rows at the begin and end of each axis, in output pixels, that padding touches.
+        pass_name: the rewrite that did it.
+        segment: JSON path of the plan's segment, None for a loose run.
+    """
+
+    output: str
+    replaces: tuple[str, ...]
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    groups: int
+    boundary: Boundary
+    repair: str | None
+    reach: tuple[tuple[int, int], ...]
+    pass_name: str
+    segment: str | None = None
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A site that a pass looked at and left as it is, with the reason."""
+
+    site: str
+    reason: str
+    pass_name: str
+
+
+@dataclass
+class PassStatistics:
+    """What one pass did: candidates found, rewritten and skipped, and the time it took."""
+
+    name: str
+    found: int = 0
+    applied: int = 0
+    skipped: list[Skip] = field(default_factory=list)
+    folds: list[Fold] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class SegmentNames:
+    """A plan's segment in the reference network, by tensor names that survive copying."""
+
+    path: str
+    input: str
+    output: str
+    boundary: Boundary
+    kernel: tuple[int, ...] | None = None
+    family: str | None = None
+
+
+@dataclass
+class Work:
+    """What passes work on: the graph, and what the plan says about it.
+
+    Attributes:
+        graph: edited in place.
+        plan: what PLAN passes apply; values are kept up to date while they do.
+        segments: what FOLD passes must turn into one operator each.
+        allow_growth: merge loose runs even where cost rises.
+        repair: force one border repair (see `graphfold.emit`), None to choose by cost.
+    """
+
+    graph: Graph
+    plan: ResolvedPlan = field(default_factory=ResolvedPlan)
+    segments: Sequence[SegmentNames] = ()
+    allow_growth: bool = False
+    repair: str | None = None
+    # Nodes of segments, and the convolutions they became: loose merges stop there.
+    barrier: set[ir.Node] = field(default_factory=set)
+
+    def bypass(self, output: ir.Value, source: ir.Value) -> None:
+        """Remove what lies between two tensors; the plan's tensors follow."""
+        follows = self.graph.bypass(output, source)
+        for segment in self.plan.segments:
+            segment.input = follows if segment.input is output else segment.input
+            segment.output = follows if segment.output is output else segment.output
+        for added in self.plan.added:
+            added.value = follows if added.value is output else added.value
+
+
+class Pass(ABC):
+    """One rewrite: candidates, a reason to refuse each, and the rewriting itself.
+
+    Subclasses are frozen dataclasses; their typed fields are the pass's options. The module's
+    docstring is the theorem: what becomes what, why it is equal, when it is refused.
+    """
+
+    name: ClassVar[str]
+    phase: ClassVar[Phase]
+    # Position within the phase; passes of equal order run by name.
+    order: ClassVar[int]
+
+    @abstractmethod
+    def find(self, work: Work) -> Iterable[Any]:
+        """Candidates, as a list that stays valid while the graph is edited."""
+
+    @abstractmethod
+    def label(self, candidate: Any) -> str:
+        """How reports call the candidate: a tensor name."""
+
+    def check(self, work: Work, candidate: Any) -> str | None:
+        """Why this candidate must be left alone, or None."""
+        del work, candidate
+        return None
+
+    @abstractmethod
+    def rewrite(self, work: Work, candidate: Any) -> Fold | None:
+        """Rewrite one candidate that `check` accepted; a Fold where operators were merged."""
+
+
+def available_passes() -> dict[str, type[Pass]]:
+    """All passes by name: the modules of graphfold.passes, then entry points of third parties."""
+    import graphfold.passes as folder
+
+    found: dict[str, type[Pass]] = {}
+    for module in pkgutil.iter_modules(folder.__path__):
+        loaded = importlib.import_module(f"graphfold.passes.{module.name}")
+        found[module.name] = _pass_in(loaded, module.name)
+    for entry in importlib.metadata.entry_points(group="graphfold.passes"):
+        found[entry.name] = entry.load()
+    return dict(sorted(found.items(), key=lambda item: (item[1].phase, item[1].order, item[0])))
+
+
+def _pass_in(module: Any, name: str) -> type[Pass]:
+    for _, member in inspect.getmembers(module, inspect.isclass):
+        if issubclass(member, Pass) and getattr(member, "name", None) == name:
+            return member
+    raise ImportError(f"{module.__name__} defines no Pass named {name!r}")
+
+
+def select_passes(only: Sequence[str] | None = None, skip: Sequence[str] = ()) -> list[Pass]:
+    """Instances of the passes to run, in order.
+
+    PLAN passes always run: they are what a plan means, and do nothing without one.
+
+    Raises:
+        UsageError: a name that is no pass, or one that belongs to the plan's meaning.
+    """
+    known = available_passes()
+    problems = []
+    for name in (*(only or ()), *skip):
+        if name not in known:
+            hint = nearest(name, known)
+            problems.append(f"there is no pass {name!r}" + (f", {hint}" if hint else ""))
+        elif name in skip and known[name].phase is Phase.PLAN:
+            problems.append(f"{name} is what the plan means and cannot be skipped")
+    if problems:
+        raise UsageError("; ".join(problems), hint=f"passes: {', '.join(known)}")
+    return [
+        cls()
+        for name, cls in known.items()
+        if cls.phase is Phase.PLAN or (name not in skip and (only is None or name in only))
+    ]
+
+
+def run_passes(
+    passes: Sequence[Pass], phase: Phase, work: Work, progress: Progress | None = None
+) -> list[PassStatistics]:
+    """Run the passes of one phase in order, each to its fixed point."""
+    chosen = [each for each in passes if each.phase is phase]
+    statistics = []
+    for number, each in enumerate(chosen):
+        if progress is not None:
+            progress(each.name, number, len(chosen))
+        statistics.append(_run_to_fixed_point(each, work))
+    return statistics
+
+
+def _run_to_fixed_point(each: Pass, work: Work) -> PassStatistics:
+    started = time.perf_counter()
+    statistics = PassStatistics(each.name)
+    changed = True
+    while changed:
+        changed = False
+        # Only the last sweep's skips hold: an earlier rewrite may have made room.
+        statistics.skipped = []
+        for candidate in each.find(work):
+            reason = each.check(work, candidate)
+            if reason is not None:
+                statistics.skipped.append(Skip(each.label(candidate), reason, each.name))
+                continue
+            fold = each.rewrite(work, candidate)
+            changed = True
+            statistics.applied += 1
+            if fold is not None:
+                statistics.folds.append(fold)
+    statistics.found = statistics.applied + len(statistics.skipped)
+    statistics.seconds = time.perf_counter() - started
+    return statistics
+
+
+def provenance(nodes: Iterable[ir.Node], pass_name: str, **details: str | None) -> dict[str, str]:
+    """Metadata of a produced node: the nodes it replaces, the pass, and details of the merge.
+
+    Where a replaced node was itself produced by a merge, what that one replaced is listed.
+    """
+    replaced: dict[str, None] = {}
+    for node in nodes:
+        earlier = node.metadata_props.get(f"{METADATA_PREFIX}replaces")
+        replaced.update(dict.fromkeys(json.loads(earlier) if earlier else [node_label(node)]))
+    metadata = {
+        f"{METADATA_PREFIX}replaces": json.dumps(list(replaced)),
+        f"{METADATA_PREFIX}pass": pass_name,
+    }
+    for key, value in details.items():
+        if value is not None:
+            metadata[f"{METADATA_PREFIX}{key}"] = value
+    return metadata
+
+
+def replaced_labels(metadata: dict[str, str]) -> tuple[str, ...]:
+    """The labels that `provenance` wrote."""
+    return tuple(json.loads(metadata[f"{METADATA_PREFIX}replaces"]))

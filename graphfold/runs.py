@@ -1,0 +1,241 @@
+"""Loose linear runs: where they are, and their cheapest split into single convolutions.
+
+A chain of linear operators may become one convolution, stay as it is, or be split anywhere in
+between. The best split is a shortest path over the tensors of the chain; the cost of a piece is
+known from geometry alone, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from graphfold.affine import Geometry
+from graphfold.emit import choose_repair, repair_cost
+from graphfold.errors import NotExactError
+from graphfold.graph import Graph, is_op, node_label, only_consumer
+from graphfold.linear import Context, LinearOperator, Region, linear_operator, variable_inputs
+from graphfold.rewrite import Work
+
+# Stands for sizes that are not fixed: costs are compared with one another, so any size that
+# leaves room for borders ranks them alike.
+NOMINAL_SIZE = 64
+# How far ahead a piece may reach; kernels of longer merges grow beyond any use.
+_LONGEST_PIECE = 24
+
+
+@dataclass(frozen=True, order=True)
+class RunCost:
+    """What a run costs per image, compared in this order.
+
+    Attributes:
+        macs: multiply-accumulates, elementwise operations counted as one each.
+        params: constant elements read.
+        operators: number of nodes.
+    """
+
+    macs: int = 0
+    params: int = 0
+    operators: int = 0
+
+    def __add__(self, other: RunCost) -> RunCost:
+        return RunCost(
+            self.macs + other.macs, self.params + other.params, self.operators + other.operators
+        )
+
+
+@dataclass(frozen=True)
+class Link:
+    """One operator of a chain with the fixed and the nominal sizes of what it reads."""
+
+    node: ir.Node
+    operator: LinearOperator
+    sizes: tuple[int | None, ...]
+    nominal: tuple[int, ...]
+    folds_into_previous: bool
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether this operator has a dense or grouped kernel of its own."""
+        return is_op(self.node, "Conv")
+
+    @property
+    def is_conv_or_folded(self) -> bool:
+        """Whether a normalisation behind this operator folds into a convolution."""
+        return self.is_conv or self.folds_into_previous
+
+    def cost(self) -> RunCost:
+        """Cost of the operator on its own; normalisation behind a convolution folds into it."""
+        if self.folds_into_previous:
+            return RunCost()
+        geometry = self.operator.geometry
+        if self.is_conv:
+            return RunCost(geometry.macs(self.nominal), geometry.params, 1)
+        pixels = math.prod(geometry.output_sizes(self.nominal)) * geometry.out_channels
+        return RunCost(pixels * math.prod(geometry.kernel), 0, 1)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A maximal run of linear operators, each reading only the one before."""
+
+    links: tuple[Link, ...]
+
+    def region(self, start: int, end: int) -> Region:
+        """The nodes start..end-1 as a region."""
+        nodes = tuple(link.node for link in self.links[start:end])
+        entry = nodes[0].inputs[0]
+        assert entry is not None
+        return Region(entry, nodes[-1].outputs[0], nodes)
+
+    @property
+    def convs(self) -> int:
+        """Number of convolutions in the chain."""
+        return sum(link.is_conv for link in self.links)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The cheapest way to run a chain: its cost, and the pieces that become one convolution."""
+
+    cost: RunCost
+    pieces: tuple[tuple[int, int], ...]
+
+
+def chains(work: Work) -> Iterator[Chain]:
+    """All maximal chains with a convolution, in execution order, that no segment owns."""
+    taken: set[ir.Node] = set()
+    for node in work.graph.nodes():
+        if node in taken or node in work.barrier or not is_op(node, "Conv"):
+            continue
+        chain = _chain_from(work, _with_pad_before(work.graph, node))
+        if chain is not None:
+            taken.update(link.node for link in chain.links)
+            yield chain
+
+
+def _with_pad_before(graph: Graph, conv: ir.Node) -> ir.Node:
+    source = conv.inputs[0]
+    producer = source.producer() if source is not None else None
+    if producer is not None and is_op(producer, "Pad") and only_consumer(producer.outputs[0]):
+        return producer
+    return conv
+
+
+def _chain_from(work: Work, first: ir.Node) -> Chain | None:
+    graph = work.graph
+    conv = first if is_op(first, "Conv") else only_consumer(first.outputs[0])
+    assert conv is not None
+    weight = graph.shape(conv.inputs[1])
+    if weight is None or not graph.is_constant(conv.inputs[1]):
+        return None
+    rank = len(weight) - 2
+    groups = conv.attributes["group"].as_int() if "group" in conv.attributes else 1
+    channels = int(weight[1] or 0) * groups  # type: ignore[arg-type]
+    source = first.inputs[0]
+    sizes = graph.sizes(source) or (None,) * rank
+    nominal = tuple(NOMINAL_SIZE if size is None else size for size in sizes)
+    links: list[Link] = []
+    node: ir.Node | None = first
+    while node is not None and node not in work.barrier:
+        sources = variable_inputs(graph, node)
+        if len(sources) != 1 or len(sizes) != rank:
+            break
+        try:
+            operator = linear_operator(node, Context(graph, rank, channels, sizes))
+        except NotExactError:
+            break
+        folds = bool(links) and links[-1].is_conv_or_folded and is_op(node, "BatchNormalization")
+        links.append(Link(node, operator, sizes, nominal, folds))
+        geometry = operator.geometry
+        channels = geometry.out_channels
+        sizes = tuple(
+            None if size is None else axis.output_size(size)
+            for axis, size in zip(geometry.axes, sizes, strict=True)
+        )
+        nominal = geometry.output_sizes(nominal)
+        node = only_consumer(node.outputs[0])
+    return Chain(tuple(links)) if links else None
+
+
+def best_split(work: Work, chain: Chain) -> Split:
+    """The cheapest split of a chain (a shortest path over its tensors).
+
+    With `work.allow_growth`, fewer operators come before cost.
+    """
+    links = chain.links
+    best: list[Split] = [Split(RunCost(), ())]
+    for end in range(1, len(links) + 1):
+        alone = best[end - 1]
+        best.append(Split(alone.cost + links[end - 1].cost(), alone.pieces))
+    # Forward relaxation: from each start, one geometry grows operator by operator.
+    for start in range(len(links)):
+        for end, cost in _piece_costs(work, links, start):
+            through = Split(best[start].cost + cost, (*best[start].pieces, (start, end)))
+            if _rank(work, through) < _rank(work, best[end]):
+                best[end] = through
+        if start + 1 <= len(links):
+            step = best[start]
+            alone = Split(step.cost + links[start].cost(), step.pieces)
+            if _rank(work, alone) < _rank(work, best[start + 1]):
+                best[start + 1] = alone
+    return best[-1]
+
+
+def _rank(work: Work, split: Split) -> tuple[int, ...]:
+    cost = split.cost
+    if work.allow_growth:
+        return cost.operators, cost.macs, cost.params
+    return cost.macs, cost.params, cost.operators
+
+
+def _piece_costs(work: Work, links: Sequence[Link], start: int) -> Iterator[tuple[int, RunCost]]:
+    """Ends and costs of the pieces from `start` that one convolution equals."""
+    first = links[start]
+    merged: Geometry = first.operator.geometry
+    convs = int(first.is_conv)
+    for end in range(start + 2, min(len(links), start + _LONGEST_PIECE) + 1):
+        link = links[end - 1]
+        try:
+            merged = merged.then(link.operator.geometry, first.sizes)
+        except NotExactError:
+            return
+        convs += link.is_conv
+        if convs > 1:
+            yield end, merged_cost(work, merged, first.sizes, first.nominal)
+
+
+def merged_cost(
+    work: Work, geometry: Geometry, sizes: tuple[int | None, ...], nominal: tuple[int, ...]
+) -> RunCost:
+    """Cost of one convolution with its border repair."""
+    repair = choose_repair(geometry, sizes, work.repair)
+    macs, params = repair_cost(geometry, nominal, repair)
+    return RunCost(
+        geometry.macs(nominal) + macs, geometry.params + params, 1 if repair is None else 2
+    )
+
+
+def why_separate(work: Work, chain: Chain, first: int, second: int) -> str:
+    """Why the operators first..second of a chain stay apart: not equal, or not cheaper."""
+    links = chain.links
+    merged = links[first].operator.geometry
+    present = links[first].cost()
+    for link in links[first + 1 : second + 1]:
+        try:
+            merged = merged.then(link.operator.geometry, links[first].sizes)
+        except NotExactError as error:
+            return f"{error.what} ({node_label(link.node)})"
+        present = present + link.cost()
+    cost = merged_cost(work, merged, links[first].sizes, links[first].nominal)
+    return f"merging raises cost: {growth(present, cost)}"
+
+
+def growth(present: RunCost, merged: RunCost) -> str:
+    """The figures behind a refusal, for people."""
+    if present.macs != merged.macs:
+        return f"{present.macs:,} to {merged.macs:,} operations per image"
+    return f"{present.params:,} to {merged.params:,} constants"

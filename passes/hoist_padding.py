@@ -1,0 +1,231 @@
+"""Move all padding of a plan's `hoist` segments to their first convolutions.
+
+This is the plan's meaning, not an equality: it builds the reference network. Walking backwards
+from the segment's output, a convolution of stride s and padding p whose output must carry a margin
+m (extra pixels per side) without padding of its own needs its input with margin p + s*m. A
+convolution that reads the segment's input has no margin to read, so it pads by that amount; all
+others pad nothing. The output's size is the original's, since nested floors agree. On a residual
+connection, the segment's input is zero-padded by the margin that the Add needs, and a tensor that
+carries more margin than one of its readers needs is cropped on that edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphfold.errors import NotExactError
+from graphfold.graph import Graph, is_op, node_label
+from graphfold.linear import conv_axes, find_region, zero_padding
+from graphfold.resolve import ResolvedSegment
+from graphfold.rewrite import Pass, Phase, Work
+
+Margin = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class HoistPadding(Pass):
+    """Leave padding only where a hoisted segment begins."""
+
+    name: ClassVar[str] = "hoist_padding"
+    phase: ClassVar[Phase] = Phase.PLAN
+    order: ClassVar[int] = 2
+
+    def find(self, work: Work) -> Iterable[ResolvedSegment]:
+        """Segments of boundary `hoist` with some padding behind their first convolutions."""
+        order = {node: index for index, node in enumerate(work.graph.ir)}
+        found = []
+        for segment in work.plan.segments:
+            if segment.spec.boundary != "hoist" or segment.input is segment.output:
+                continue
+            hoist = _Hoist(work.graph, segment, order)
+            if hoist.plan() is not None or hoist.changes():
+                found.append(segment)
+        return found
+
+    def label(self, candidate: ResolvedSegment) -> str:
+        """The segment's JSON path."""
+        return candidate.path
+
+    def check(self, work: Work, candidate: ResolvedSegment) -> str | None:
+        """Refuse segments that are not single-entry, or whose padding is not a known zero."""
+        order = {node: index for index, node in enumerate(work.graph.ir)}
+        return _Hoist(work.graph, candidate, order).plan()
+
+    def rewrite(self, work: Work, candidate: ResolvedSegment) -> None:
+        """Apply the margins."""
+        order = {node: index for index, node in enumerate(work.graph.ir)}
+        hoist = _Hoist(work.graph, candidate, order)
+        hoist.plan()
+        hoist.apply()
+
+
+class _Hoist:
+    """Margins of one segment: computed by `plan`, written into the graph by `apply`."""
+
+    def __init__(self, graph: Graph, segment: ResolvedSegment, order: dict[ir.Node, int]) -> None:
+        self.graph = graph
+        self.entry = segment.input
+        self.output = segment.output
+        self.order = order
+        self.pads: dict[ir.Node, Margin] = {}
+        self.present: dict[ir.Node, Margin] = {}
+        self.edges: dict[tuple[ir.Node, int], Margin] = {}
+        self.margins: dict[ir.Value, Margin] = {}
+        self.nodes: tuple[ir.Node, ...] = ()
+
+    def plan(self) -> str | None:
+        """Compute all margins; returns why that is not possible, or None."""
+        try:
+            region = find_region(self.graph, self.entry, self.output, self.order)
+            self.nodes = region.nodes
+            for node in reversed(region.nodes):
+                self._visit(node)
+        except NotExactError as error:
+            return error.what
+        return None
+
+    def changes(self) -> bool:
+        """Whether applying the margins changes anything."""
+        moved = any(self.pads[node] != self.present[node] for node in self.pads)
+        return moved or any(self._deficits())
+
+    def _rank(self) -> int:
+        for node in self.nodes:
+            if is_op(node, "Conv"):
+                shape = self.graph.shape(node.inputs[1])
+                return 0 if shape is None else len(shape) - 2
+        return 0
+
+    def _visit(self, node: ir.Node) -> None:
+        rank = self._rank()
+        margin = self.margins.get(node.outputs[0], ((0, 0),) * rank)
+        sources = [
+            index
+            for index, value in enumerate(node.inputs)
+            if value is not None and not self.graph.is_constant(value)
+        ]
+        needed = margin
+        if is_op(node, "Conv", "AveragePool"):
+            needed = self._through_window(node, margin)
+        elif is_op(node, "Pad"):
+            needed = self._through_pad(node, margin)
+        for index in sources:
+            self._need(node, index, needed)
+
+    def _through_window(self, node: ir.Node, margin: Margin) -> Margin:
+        kernel = self._kernel(node)
+        source = node.inputs[0]
+        sizes = self.graph.sizes(source) or (None,) * len(kernel)
+        axes = conv_axes(node, kernel, sizes)
+        needed = tuple(
+            (axis.begin + axis.stride * begin, axis.end + axis.stride * end)
+            for axis, (begin, end) in zip(axes, margin, strict=True)
+        )
+        self.present[node] = tuple((axis.begin, axis.end) for axis in axes)
+        if source is self.entry:
+            self.pads[node] = needed
+            return ((0, 0),) * len(kernel)
+        self.pads[node] = ((0, 0),) * len(kernel)
+        return needed
+
+    def _kernel(self, node: ir.Node) -> tuple[int, ...]:
+        if is_op(node, "AveragePool"):
+            return tuple(node.attributes["kernel_shape"].as_ints())
+        shape = self.graph.shape(node.inputs[1])
+        if shape is None:
+            raise NotExactError(f"the weight of {node_label(node)!r} has no known shape")
+        return tuple(size for size in shape[2:] if isinstance(size, int))
+
+    def _through_pad(self, node: ir.Node, margin: Margin) -> Margin:
+        present = tuple(zero_padding(node, self.graph, len(margin) + 2))
+        needed = tuple(
+            (one[0] + two[0], one[1] + two[1]) for one, two in zip(margin, present, strict=True)
+        )
+        self.present[node] = present
+        if node.inputs[0] is self.entry:
+            self.pads[node] = needed
+            return ((0, 0),) * len(margin)
+        self.pads[node] = ((0, 0),) * len(margin)
+        return needed
+
+    def _need(self, node: ir.Node, index: int, needed: Margin) -> None:
+        value = node.inputs[index]
+        assert value is not None
+        self.edges[node, index] = needed
+        if value is self.entry:
+            return
+        earlier = self.margins.get(value, needed)
+        self.margins[value] = tuple(
+            (max(one[0], two[0]), max(one[1], two[1]))
+            for one, two in zip(earlier, needed, strict=True)
+        )
+
+    def _deficits(self) -> Iterable[tuple[ir.Node, int, Margin]]:
+        """Edges whose reader needs another margin than the tensor carries."""
+        for (node, index), needed in self.edges.items():
+            value = node.inputs[index]
+            assert value is not None
+            carried = self.margins.get(value, ((0, 0),) * len(needed))
+            if value is self.entry:
+                carried = ((0, 0),) * len(needed)
+            if carried != needed:
+                yield (
+                    node,
+                    index,
+                    tuple(
+                        (one[0] - two[0], one[1] - two[1])
+                        for one, two in zip(needed, carried, strict=True)
+                    ),
+                )
+
+    def apply(self) -> None:
+        """Write paddings and crops into the graph; shapes inside are no longer known."""
+        for node, index, amounts in list(self._deficits()):
+            self._insert_pad(node, index, amounts)
+        for node, pads in self.pads.items():
+            if is_op(node, "Pad"):
+                self._set_pad_node(node, pads)
+            else:
+                self._set_window_pads(node, pads)
+        for node in self.nodes:
+            for value in node.outputs:
+                if value is not self.output and value.name is not None:
+                    value.shape = None
+                    self.graph.shapes.pop(value.name, None)
+
+    def _set_window_pads(self, node: ir.Node, pads: Margin) -> None:
+        amounts = [begin for begin, _ in pads] + [end for _, end in pads]
+        node.attributes.pop("auto_pad", None)
+        node.attributes["pads"] = ir.AttrInt64s("pads", amounts)
+
+    def _set_pad_node(self, node: ir.Node, pads: Margin) -> None:
+        source = node.inputs[0]
+        assert source is not None
+        replacement = source
+        if any(begin or end for begin, end in pads):
+            replacement = self._pad_node(source, node, pads)
+        self.graph.bypass(node.outputs[0], replacement)
+        self.graph.remove_dead([node])
+
+    def _insert_pad(self, node: ir.Node, index: int, amounts: Margin) -> None:
+        source = node.inputs[index]
+        assert source is not None
+        node.replace_input_with(index, self._pad_node(source, node, amounts))
+
+    def _pad_node(self, source: ir.Value, before: ir.Node, amounts: Margin) -> ir.Value:
+        """A zero Pad (a crop where negative) of `source`, spelled as the model's opset wants."""
+        flat = [0, 0, *[begin for begin, _ in amounts], 0, 0, *[end for _, end in amounts]]
+        base = self.output.name or "pad"
+        if self.graph.opset >= 11:
+            pads = self.graph.add_initializer(base, np.asarray(flat, dtype=np.int64))
+            node = ir.Node("", "Pad", [source, pads])
+        else:
+            node = ir.Node("", "Pad", [source], [ir.AttrInt64s("pads", flat)])
+        self.graph.ir.insert_before(before, node)
+        node.outputs[0].name = self.graph.fresh_name(base)
+        return node.outputs[0]

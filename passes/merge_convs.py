@@ -1,0 +1,83 @@
+"""Merge chains of convolutions into one: segments of a plan, and loose runs where cost falls.
+
+y = W2 * (W1 * x + b1) + b2 with nothing between is one convolution: kernels compose over the
+middle channels, offsets are {a*d1 + b*d2*s1}, strides multiply, padding of the second counts s1
+times (see graphfold.affine). BatchNormalization and per-channel constants in the chain fold in.
+
+Where the second convolution zero-pads, its padding is zero and not b1; the bias is then carried
+by a border kernel and repaired exactly (graphfold.emit). Refused: a window larger than one whose
+output is zero-padded again (3x3 then padded 3x3), since no single convolution is equal at the
+border; and, for loose runs, merges that raise cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from graphfold.linear import Region
+from graphfold.merge import MergeCandidate, has_join, merge_region, segment_regions
+from graphfold.rewrite import Fold, Pass, Phase, Work
+from graphfold.runs import Chain, best_split, chains, why_separate
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """Two neighbouring convolutions of a chain that stay apart."""
+
+    output: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class MergeConvs(Pass):
+    """One convolution for each chain."""
+
+    name: ClassVar[str] = "merge_convs"
+    phase: ClassVar[Phase] = Phase.FOLD
+    order: ClassVar[int] = 1
+
+    def find(self, work: Work) -> Iterable[MergeCandidate | _Refused]:
+        """Segments that are chains, then the pieces of loose chains that are worth merging."""
+        found: list[MergeCandidate | _Refused] = [
+            each for each in segment_regions(work) if not has_join(work, each.region)
+        ]
+        if found:
+            # Their nodes are a barrier to loose runs: those are looked for in the next sweep.
+            return found
+        for chain in chains(work):
+            if chain.convs > 1:
+                found += _loose(work, chain)
+        return found
+
+    def label(self, candidate: MergeCandidate | _Refused) -> str:
+        """The output tensor of the merge."""
+        if isinstance(candidate, _Refused):
+            return candidate.output
+        return candidate.region.output.name or ""
+
+    def check(self, work: Work, candidate: MergeCandidate | _Refused) -> str | None:
+        """Refuse what is not equal or not cheaper."""
+        del work
+        return candidate.reason if isinstance(candidate, _Refused) else None
+
+    def rewrite(self, work: Work, candidate: MergeCandidate | _Refused) -> Fold:
+        """Replace the chain by its convolution."""
+        assert isinstance(candidate, MergeCandidate)
+        region = candidate.region
+        entry = work.graph.current(region.entry)
+        current = Region(entry, region.output, region.nodes)
+        return merge_region(work, MergeCandidate(current, candidate.segment), self.name)
+
+
+def _loose(work: Work, chain: Chain) -> Iterable[MergeCandidate | _Refused]:
+    pieces = best_split(work, chain).pieces
+    covered = {position for start, end in pieces for position in range(start, end - 1)}
+    convs = [position for position, link in enumerate(chain.links) if link.is_conv]
+    for start, end in pieces:
+        yield MergeCandidate(chain.region(start, end))
+    for first, second in zip(convs, convs[1:], strict=False):
+        if first not in covered or second not in {*covered, *(end - 1 for _, end in pieces)}:
+            name = chain.links[second].node.outputs[0].name or ""
+            yield _Refused(name, why_separate(work, chain, first, second))
