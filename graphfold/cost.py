@@ -60,6 +60,7 @@ class NodeCost:
         params: elements of the constants it reads.
         weight_bytes: bytes of the constants it reads.
         input_bytes, output_bytes: of the tensors that are computed at run time.
+        live_bytes: activations that are alive while it runs, its own included.
     """
 
     label: str
@@ -71,6 +72,7 @@ class NodeCost:
     weight_bytes: int
     input_bytes: int | None
     output_bytes: int | None
+    live_bytes: int | None
 
     @property
     def traffic_bytes(self) -> int | None:
@@ -82,7 +84,10 @@ class NodeCost:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over some nodes; a constant that several of them read counts once."""
+    """Sums over some nodes; a constant that several of them read counts once.
+
+    `peak_bytes` is the largest sum of activation bytes that are alive at once.
+    """
 
     macs: int | None
     macs_fvcore: int | None
@@ -90,6 +95,7 @@ class Totals:
     weight_bytes: int
     activation_bytes: int | None
     traffic_bytes: int | None
+    peak_bytes: int | None
 
     def to_json(self) -> dict[str, int | None]:
         """As a JSON object."""
@@ -100,6 +106,7 @@ class Totals:
             "weight_bytes": self.weight_bytes,
             "activation_bytes": self.activation_bytes,
             "traffic_bytes": self.traffic_bytes,
+            "peak_activation_bytes": self.peak_bytes,
         }
 
 
@@ -119,14 +126,12 @@ class Cost:
         nodes: per node, in execution order.
         ops: number of nodes per operator.
         total: sums over all nodes.
-        peak_bytes: largest sum of activation bytes that are alive at once.
         unknown: why figures are None: the tensors whose sizes are not known.
     """
 
     nodes: tuple[NodeCost, ...]
     ops: dict[str, int]
     total: Totals
-    peak_bytes: int | None
     unknown: tuple[str, ...]
     _constants: dict[str, tuple[_Constant, ...]]
 
@@ -154,6 +159,11 @@ class Cost:
     def traffic_bytes(self) -> int | None:
         """Bytes read and written by all nodes."""
         return self.total.traffic_bytes
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Largest sum of activation bytes that are alive at once."""
+        return self.total.peak_bytes
 
     def subtotal(self, outputs: Collection[str]) -> Totals:
         """Sums over the nodes whose first output is in `outputs`."""
@@ -192,12 +202,12 @@ def analyze(
     if shapes is None:
         shapes = resolved_shapes(graph, input_shapes)
     counter = _Counter(graph, shapes, _predicate(normalized), _batch(graph, shapes))
-    nodes = [counter.node(node) for node in graph.ir]
+    live = _live_bytes(graph, counter)
+    nodes = [counter.node(node, live.get(node)) for node in graph.ir]
     return Cost(
         nodes=tuple(nodes),
         ops=dict(Counter(node.op_type for node in nodes)),
         total=_totals(nodes, counter.constants),
-        peak_bytes=_peak(graph, counter),
         unknown=tuple(dict.fromkeys(counter.unknown)),
         _constants=counter.constants,
     )
@@ -323,7 +333,7 @@ class _Counter:
         self.constants: dict[str, tuple[_Constant, ...]] = {}
         self.unknown: list[str] = []
 
-    def node(self, node: ir.Node) -> NodeCost:
+    def node(self, node: ir.Node, live_bytes: int | None) -> NodeCost:
         inputs = [value for value in node.inputs if value is not None]
         constants = tuple(found for value in inputs if (found := self._constant(value)) is not None)
         output = next((value.name for value in node.outputs if value.name), "")
@@ -340,8 +350,9 @@ class _Counter:
             extra_fvcore=self._per_image(self._extra(node)),
             params=sum(constant.elements for constant in constants if constant.is_parameter),
             weight_bytes=sum(constant.bytes for constant in constants),
-            input_bytes=_sum(self.bytes(value) for value in dict.fromkeys(variable)),
-            output_bytes=_sum(self.bytes(value) for value in node.outputs if value.name),
+            input_bytes=self.sum_bytes(dict.fromkeys(variable)),
+            output_bytes=self.sum_bytes(node.outputs),
+            live_bytes=live_bytes,
         )
 
     def _constant(self, value: ir.Value) -> _Constant | None:
@@ -389,6 +400,10 @@ class _Counter:
         dtype = self.graph.dtype(value)
         itemsize = dtype.itemsize if dtype is not None and dtype.name != "STRING" else 4
         return math.ceil(elements * itemsize / self.batch)
+
+    def sum_bytes(self, values: Iterable[ir.Value]) -> int | None:
+        """Bytes of several activations."""
+        return _sum(self.bytes(value) for value in values if value.name)
 
     def _per_image(self, count: int | None) -> int | None:
         return count if count is None else count // self.batch
@@ -474,41 +489,60 @@ def _totals(nodes: Sequence[NodeCost], constants: Mapping[str, tuple[_Constant, 
         weight_bytes=sum(item.bytes for item in read.values()),
         activation_bytes=_sum(node.output_bytes for node in nodes),
         traffic_bytes=_sum(node.traffic_bytes for node in nodes),
+        peak_bytes=_largest(node.live_bytes for node in nodes),
     )
 
 
-def _peak(graph: Graph, counter: _Counter) -> int | None:
-    """Largest sum of live activations: from where they are made to where they are last read.
+def _largest(values: Iterable[int | None]) -> int | None:
+    found = 0
+    for value in values:
+        if value is None:
+            return None
+        found = max(found, value)
+    return found
+
+
+def _live_bytes(graph: Graph, counter: _Counter) -> dict[ir.Node, int]:
+    """Bytes of live activations while each node runs; ends where a size is not known.
 
     Graph inputs live until their last use, graph outputs until the end; operators that only
     change the shape share their input's memory.
     """
     nodes = graph.nodes()
-    storage: dict[ir.Value, ir.Value] = {}
-    last: dict[ir.Value, int] = {}
+    storage = _shared_storage(nodes)
+    expiring: dict[int, list[ir.Value]] = {}
+    for value, index in _last_uses(graph, nodes, storage).items():
+        expiring.setdefault(index, []).append(value)
+    live = counter.sum_bytes(graph.ir.inputs)
+    found: dict[ir.Node, int] = {}
     for index, node in enumerate(nodes):
+        made = counter.sum_bytes(value for value in node.outputs if value not in storage)
+        if live is None or made is None:
+            break
+        live += made
+        found[node] = live
+        live -= counter.sum_bytes(expiring.get(index, ())) or 0
+    return found
+
+
+def _shared_storage(nodes: Sequence[ir.Node]) -> dict[ir.Value, ir.Value]:
+    """Outputs of shape-only operators, each with the tensor whose memory it shares."""
+    storage: dict[ir.Value, ir.Value] = {}
+    for node in nodes:
         if is_op(node, *_VIEWS) and node.inputs[0] is not None:
             storage[node.outputs[0]] = storage.get(node.inputs[0], node.inputs[0])
-        for value in node.inputs:
+    return storage
+
+
+def _last_uses(
+    graph: Graph, nodes: Sequence[ir.Node], storage: Mapping[ir.Value, ir.Value]
+) -> dict[ir.Value, int]:
+    """Index of the node after which each tensor's memory is free."""
+    last: dict[ir.Value, int] = {}
+    for index, node in enumerate(nodes):
+        for value in (*node.outputs, *node.inputs):
             if value is not None:
                 last[storage.get(value, value)] = index
     for value in graph.ir.outputs:
         last[storage.get(value, value)] = len(nodes)
-    live = sum(counter.bytes(value) or 0 for value in graph.ir.inputs if value in last)
-    expiring: dict[int, list[ir.Value]] = {}
-    for value, index in last.items():
-        expiring.setdefault(index, []).append(value)
-    peak = live
-    for index, node in enumerate(nodes):
-        for value in node.outputs:
-            if value in storage or not value.name:
-                continue
-            size = counter.bytes(value)
-            if size is None:
-                return None
-            live += size
-            if value not in last:
-                expiring.setdefault(index, []).append(value)
-        peak = max(peak, live)
-        live -= sum(counter.bytes(value) or 0 for value in expiring.get(index, ()))
-    return peak
+    return last

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphfold import comparison, runtime
+from graphfold import comparison, specs
 from graphfold.comparison import ABSOLUTE_FLOOR, Difference, tolerance_for
 from graphfold.errors import DataError
-from graphfold.runtime import Arrays, InputSpec, RunError, Runnable, Session, Shapes
+from graphfold.feeds import as_float, describe_feed, first_that_runs, second_feed
+from graphfold.runtime import RunError, Runnable, Session
+from graphfold.specs import Arrays
 from graphfold.verification import FoldComparison, OutputComparison, Verification
 
 if TYPE_CHECKING:
@@ -167,7 +169,7 @@ class _Job:
     def _given_feeds(
         self, session: Session, inputs: Iterable[Mapping[str, NDArray[Any]]]
     ) -> Arrays:
-        self.feeds = [runtime.fit_inputs(session.inputs, feed) for feed in inputs]
+        self.feeds = [specs.fit_inputs(session.inputs, feed) for feed in inputs]
         if not self.feeds:
             raise DataError("no inputs given: the data is empty")
         self.described = f"{len(self.feeds)} given"
@@ -179,24 +181,23 @@ class _Job:
     def _random_feeds(
         self, session: Session, input_shapes: Mapping[str, Sequence[int]] | None, seed: int
     ) -> Arrays:
-        specs = session.inputs
-        given = runtime.check_input_shapes(specs, input_shapes)
+        given = specs.check_input_shapes(session.inputs, input_shapes)
         self.random = True
         try:
-            outputs, feed, size = _first_that_runs(session, given, seed)
+            outputs, feed, size = first_that_runs(session, given, seed)
         except RunError as error:
             raise _CannotVerifyError(error.what) from None
         self.feeds = [feed]
-        second = _second_feed(session, given, size, seed, feed)
+        second = second_feed(session, given, size, seed, feed)
         if second is not None:
             self.feeds.append(second)
         guessed = size != 0
-        shapes = dict.fromkeys(_describe_feed(feed) for feed in self.feeds)
+        shapes = dict.fromkeys(describe_feed(feed) for feed in self.feeds)
         self.described = f"{len(self.feeds)} random: " + " and ".join(shapes)
         if guessed:
             self.described += " (unknown sizes chosen)"
         if any(
-            comparison.is_float(array) and not np.isfinite(_as_float(array)).all()
+            comparison.is_float(array) and not np.isfinite(as_float(array)).all()
             for array in outputs.values()
         ):
             self.warnings.append("some outputs of the input model are not finite on these inputs")
@@ -371,72 +372,6 @@ def _blaming(side: str, stage: str) -> Iterator[None]:
         raise _SideError(f"{network} ({stage}): {error.what}") from None
 
 
-def _first_that_runs(session: Session, given: Shapes, seed: int) -> tuple[Arrays, Arrays, int]:
-    """Outputs, feed and guessed size of the first candidate that the model runs.
-
-    Raises:
-        RunError: it runs at none; the message lists what was tried.
-    """
-    tried: list[str] = []
-    last = ""
-    fallback: tuple[Arrays, Arrays, int] | None = None
-    for size, shapes in runtime.candidate_shapes(session.inputs, given):
-        for filling in runtime.fillings(session.inputs, size):
-            rng = np.random.default_rng(seed)
-            feed = runtime.random_inputs(session.inputs, shapes, filling, rng)
-            try:
-                outputs = session.run(feed)
-            except RunError as error:
-                last = error.what
-                continue
-            if _says_something(outputs):
-                return outputs, feed, size
-            fallback = fallback or (outputs, feed, size)
-        tried.append(", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()))
-    if fallback is not None:
-        return fallback
-    raise RunError(f"the input model runs at none of the sizes tried ({'; '.join(tried)}): {last}")
-
-
-def _says_something(outputs: Arrays) -> bool:
-    """Whether comparing these proves anything: not all empty, not all NaN or infinite."""
-    return any(
-        array.size and (not comparison.is_float(array) or np.isfinite(_as_float(array)).any())
-        for array in outputs.values()
-    )
-
-
-def _second_feed(
-    session: Session, given: Shapes, size: int, seed: int, first: Arrays
-) -> Arrays | None:
-    """Other values, at another size and batch where sizes are free and the model runs it."""
-    rng = np.random.default_rng([seed, 1])
-    filling = runtime.fillings(session.inputs, size)[-1]
-    same = {name: array.shape for name, array in first.items()}
-    attempts = [same]
-    if size:
-        other = runtime.fill_shapes(
-            session.inputs, given, runtime.SECOND_BATCH, runtime.SECOND_SIZES[size]
-        )
-        attempts.insert(0, other)
-    for shapes in attempts:
-        feed = runtime.random_inputs(session.inputs, shapes, filling, rng)
-        try:
-            if _says_something(session.run(feed)):
-                return feed
-        except RunError:
-            continue
-    return None
-
-
-def _describe_feed(feed: Arrays) -> str:
-    return ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
-
-
-def _as_float(array: NDArray[Any]) -> NDArray[np.float64]:
-    return np.asarray(array, dtype=np.float64)
-
-
 def _larger(left: float | None, right: float | None) -> float | None:
     if left is None or right is None:
         return right if left is None else left
@@ -452,8 +387,3 @@ def _compute_type(model: Model) -> str | None:
             if users - {"Cast", "DequantizeLinear"}:
                 kinds.add(value.dtype.name.lower())
     return next((kind for kind in ("bfloat16", "float16") if kind in kinds), None)
-
-
-def describe_specs(specs: Sequence[InputSpec]) -> str:
-    """Inputs as one line for messages."""
-    return ", ".join(f"{spec.name} {runtime.describe_shape(spec.shape)}" for spec in specs)

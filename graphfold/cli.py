@@ -1,0 +1,554 @@
+"""The `graphfold` command: arguments in, calls to the API, tables and exit codes out.
+
+Imports nothing heavy at the top: `graphfold --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graphfold import __version__
+from graphfold.errors import GraphfoldError, ModelError, UsageError
+from graphfold.targets import Targets
+from graphfold.terminal import (
+    INTERRUPTED,
+    STDIO,
+    Terminal,
+    raise_on_signals,
+    read_stdin,
+    reserved_stdout,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from graphfold.model import Model
+    from graphfold.report import Report
+
+FAILED = 1
+BAD_INPUT = 2
+INTERNAL = 3
+
+ISSUES = "please report it with the command, the model's origin and `graphfold --version`"
+
+app = typer.Typer(
+    name="graphfold",
+    add_completion=False,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="An ONNX file, or - for stdin.", show_default=False)
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print exactly one JSON document to stdout.")
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No tables, no progress: errors and warnings only.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+ShapeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape",
+        metavar="[NAME:]1,3,224,224",
+        help="Sizes of an input that the model leaves open. Repeatable; the name may be left "
+        "out with one input. Without it, unknown batches are tried as 2 and other unknown sizes "
+        "as 224, 64, 32: the first that the model runs.",
+        show_default=False,
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="D",
+        help="Inputs: an .npz keyed by input name, an .npy for the only input, or "
+        "package.module:callable that yields dicts of numpy arrays.",
+        show_default=False,
+    ),
+]
+ToleranceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--tolerance",
+        metavar="T",
+        min=0.0,
+        help="Largest accepted error relative to max|y|. Default: 1e-4 for float32 outputs, 32 "
+        "unit roundoffs for float16 and bfloat16.",
+        show_default=False,
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"graphfold {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="Exit codes: 0 done; 1 the result is not acceptable, nothing written; 2 bad input or "
+    "usage, nothing written; 3 an internal error; 130 interrupted.\n\n"
+    "Example: graphfold optimize model.onnx -o folded.onnx"
+)
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Make exported CNN ONNX models shallower, and prove the result equal."""
+    del version
+
+
+@app.command(
+    "optimize",
+    epilog="Examples:\n\n"
+    "graphfold optimize model.onnx\n\n"
+    "graphfold optimize model.onnx --plan plan.json -o folded.onnx --report report.html\n\n"
+    "graphfold optimize model.onnx --dry-run --json | jq .macs\n\n"
+    "cat model.onnx | graphfold optimize - -o - | my-runtime",
+)
+def _optimize(
+    model: ModelArgument,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            "--plan",
+            "-p",
+            metavar="P",
+            help="What to remove and merge. Without a plan only exact merges that lower the "
+            "cost are done.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="Where to write; - for stdout. Default: MODEL with .folded.onnx.",
+            show_default=False,
+        ),
+    ] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Replace MODEL, whole or not at all.")
+    ] = False,
+    reference_out: Annotated[
+        str | None,
+        typer.Option(
+            "--reference-out",
+            metavar="R",
+            help="Also write the network that the plan describes, with nothing merged.",
+            show_default=False,
+        ),
+    ] = None,
+    report_out: Annotated[
+        str | None,
+        typer.Option("--report", metavar="HTML", help="Also write a report.", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Skip the comparison with the reference.")
+    ] = False,
+    require_verify: Annotated[
+        bool,
+        typer.Option("--require-verify", help="Fail where the model cannot be run to compare."),
+    ] = False,
+    tolerance: ToleranceOption = None,
+    data: DataOption = None,
+    input_shape: ShapeOption = None,
+    allow_other_model: Annotated[
+        bool,
+        typer.Option("--allow-other-model", help="Use a plan that was made for another file."),
+    ] = False,
+    allow_growth: Annotated[
+        bool, typer.Option("--allow-growth", help="Merge loose runs even where cost rises.")
+    ] = False,
+    passes: Annotated[
+        str | None,
+        typer.Option(
+            "--passes", metavar="A,B", help="Run only these rewrites.", show_default=False
+        ),
+    ] = None,
+    skip_pass: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--skip-pass", metavar="A", help="Leave out a rewrite. Repeatable.", show_default=False
+        ),
+    ] = None,
+    strip_metadata: Annotated[
+        bool,
+        typer.Option(
+            "--strip-metadata",
+            help="Remove provenance and exporters' stack traces, which hold local paths.",
+        ),
+    ] = False,
+    external_data: Annotated[
+        str,
+        typer.Option(
+            "--external-data",
+            metavar="auto|always|never",
+            help="Weights in a file of their own; auto: as the input, always above 2 GB.",
+        ),
+    ] = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Apply a plan, merge what became linear, verify, and write the folded model."""
+    del debug
+    targets = Targets(
+        model=model,
+        given=out,
+        in_place=in_place,
+        reference=None if reference_out is None else Path(reference_out),
+        report=None if report_out is None else Path(report_out),
+        external_data=external_data,
+        dry_run=dry_run,
+    )
+    if as_json and targets.to_stdout:
+        raise UsageError("--json and -o - both want stdout", hint="write the model to a file")
+    if no_verify and require_verify:
+        raise UsageError("--no-verify contradicts --require-verify")
+    targets.check()
+    with _terminal(as_json, quiet, tables_to_stderr=targets.to_stdout) as terminal:
+        import graphfold
+        from graphfold.model import load
+
+        started = time.perf_counter()
+        loaded = load(_source(model))
+        load_seconds = time.perf_counter() - started
+        result = graphfold.optimize(
+            loaded,
+            plan,
+            passes=None if passes is None else _names(passes),
+            skip_passes=[name for item in skip_pass or () for name in _names(item)],
+            allow_other_model=allow_other_model,
+            allow_growth=allow_growth,
+            input_shapes=_shapes(input_shape),
+            inputs=_inputs(data, loaded),
+            tolerance=tolerance,
+            verify=not no_verify,
+            require_verify=require_verify,
+            strip_metadata=strip_metadata,
+            progress=terminal.progress,
+        )
+        terminal.progress("writing", 0, 0)
+        started = time.perf_counter()
+        report = dataclasses.replace(
+            result.report, model=model, output=targets.written_name, plan=plan
+        )
+        targets.write(result.folded, result.reference, report, terminal)
+        report.seconds["load"] = load_seconds
+        report.seconds["write"] = time.perf_counter() - started
+        terminal.close()
+        _warn(report, terminal, no_verify=no_verify)
+        terminal.show(report.to_json, report.tables())
+        if targets.written_name not in (None, STDIO):
+            terminal.note(f"wrote {targets.written_name}")
+
+
+def _warn(report: Report, terminal: Terminal, *, no_verify: bool) -> None:
+    for text in report.warnings:
+        terminal.warn(text)
+    found = report.verification
+    if found is not None and found.passed is None:
+        terminal.warn(f"not verified: {found.reason}")
+    elif found is not None and found.random_inputs:
+        terminal.note(f"verified on {found.inputs}")
+    elif found is None and not no_verify:
+        terminal.warn("not verified")
+
+
+@app.command(
+    "inspect",
+    epilog="Examples:\n\ngraphfold inspect model.onnx\n\n"
+    "graphfold inspect model.onnx --json | jq '.blocks[] | {name, macs}'",
+)
+def _inspect(
+    model: ModelArgument,
+    input_shape: ShapeOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show blocks, activation sites, convolution sites, and what they cost."""
+    del debug
+    with _terminal(as_json, quiet) as terminal:
+        import graphfold
+        from graphfold.model import load
+
+        found = graphfold.inspect(load(_source(model)), input_shapes=_shapes(input_shape))
+        found = dataclasses.replace(found, model=model)
+        terminal.show(found.to_json, found.tables())
+
+
+@app.command(
+    "verify",
+    epilog="Exit code 1 when they differ by more than the tolerance.\n\n"
+    "Examples:\n\ngraphfold verify model.onnx model.folded.onnx\n\n"
+    "graphfold verify a.onnx b.onnx --data images.npz --tolerance 1e-3 --json",
+)
+def _verify(
+    a: Annotated[str, typer.Argument(metavar="A", help="The model that is right, or -.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The model to check, or -.")],
+    data: DataOption = None,
+    input_shape: ShapeOption = None,
+    tolerance: ToleranceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare two models' outputs: errors, top-1 agreement, KL divergence."""
+    del debug
+    _at_most_one_stdin([a, b])
+    with _terminal(as_json, quiet) as terminal:
+        import graphfold
+        from graphfold.model import load
+        from graphfold.report import verification_table
+
+        first, second = load(_source(a)), load(_source(b))
+        found = graphfold.verify(
+            first,
+            second,
+            inputs=_inputs(data, first),
+            input_shapes=_shapes(input_shape),
+            tolerance=tolerance,
+            progress=terminal.progress,
+        )
+        terminal.close()
+        for text in found.warnings:
+            terminal.warn(text)
+        if found.passed is None:
+            raise ModelError(f"cannot be compared: {found.reason}", where=a)
+        terminal.show(found.to_json, [verification_table(found)])
+        if not found.passed:
+            print(f"graphfold: error: {b}: {found.failure()}", file=sys.stderr)
+            raise typer.Exit(FAILED)
+
+
+@app.command(
+    "bench",
+    epilog="Rounds of all models alternate, so that what disturbs one disturbs all. Ratios are "
+    "medians over rounds, relative to A.\n\n"
+    "Examples:\n\ngraphfold bench model.onnx model.folded.onnx\n\n"
+    "graphfold bench model.onnx --threads 4 --operators",
+)
+def _bench(
+    models: Annotated[list[str], typer.Argument(metavar="A [B ...]", help="ONNX files.")],
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, help="Intra-op threads of each session.")
+    ] = 1,
+    provider: Annotated[
+        str, typer.Option("--provider", help="onnxruntime execution provider.")
+    ] = "CPUExecutionProvider",
+    rounds: Annotated[int, typer.Option("--rounds", min=3, help="Alternating rounds.")] = 20,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.1, help="Time to measure, all models together.")
+    ] = 10.0,
+    operators: Annotated[
+        bool, typer.Option("--operators", help="Also time each operator (onnxruntime's profiler).")
+    ] = False,
+    data: DataOption = None,
+    input_shape: ShapeOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure latency: interleaved, with spread and ratios."""
+    del debug
+    _at_most_one_stdin(models)
+    with _terminal(as_json, quiet) as terminal:
+        import graphfold
+        from graphfold.model import load
+
+        loaded = [load(_source(name)) for name in models]
+        found = graphfold.bench(
+            loaded,
+            names=models,
+            inputs=_inputs(data, loaded[0]),
+            input_shapes=_shapes(input_shape),
+            threads=threads,
+            provider=provider,
+            rounds=rounds,
+            seconds=seconds,
+            operators=operators,
+            progress=terminal.progress,
+        )
+        terminal.close()
+        for text in found.warnings:
+            terminal.warn(text)
+        terminal.show(found.to_json, found.tables())
+
+
+@app.command(
+    "plan",
+    epilog="Example:\n\ngraphfold plan --schema > plan.schema.json",
+)
+def _plan(
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of plan files.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Print the JSON Schema of plan files."""
+    del as_json, quiet, debug
+    if not schema:
+        raise UsageError(
+            "plan can only print the schema in this version", hint="graphfold plan --schema"
+        )
+    with _terminal(as_json=True, quiet=False) as terminal:
+        from graphfold.plan import json_schema
+
+        terminal.show(json_schema, [])
+
+
+# Arguments --------------------------------------------------------------------------------------
+
+
+def _source(model: str) -> Path | bytes:
+    return read_stdin() if model == STDIO else Path(model)
+
+
+def _at_most_one_stdin(models: Sequence[str]) -> None:
+    if sum(name == STDIO for name in models) > 1:
+        raise UsageError("only one model can come from stdin")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _shapes(items: Sequence[str] | None) -> dict[str, tuple[int, ...]] | None:
+    """`name:1,3,224,224` or `1,3,224,224`, by input name ("" without one).
+
+    Names may hold colons, as TensorFlow's do: the sizes come after the last one.
+    """
+    if not items:
+        return None
+    found: dict[str, tuple[int, ...]] = {}
+    for item in items:
+        name, _, sizes = item.rpartition(":")
+        try:
+            shape = tuple(int(size) for size in sizes.replace("x", ",").split(","))
+        except ValueError:
+            raise UsageError(
+                f"--input-shape {item!r} is no shape", hint="for example input:1,3,224,224"
+            ) from None
+        if name in found:
+            raise UsageError(f"--input-shape gives {name or 'the input'!r} twice")
+        found[name] = shape
+    return found
+
+
+def _inputs(data: str | None, model: Model) -> Iterator[dict[str, NDArray[Any]]] | None:
+    if data is None:
+        return None
+    from graphfold.calibration.dataset import read_inputs
+    from graphfold.specs import model_inputs
+
+    return read_inputs(data, model_inputs(model))
+
+
+# Running ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _terminal(as_json: bool, quiet: bool, *, tables_to_stderr: bool = False) -> Iterator[Terminal]:
+    with reserved_stdout() as stdout:
+        terminal = Terminal(stdout, as_json=as_json, quiet=quiet, tables_to_stderr=tables_to_stderr)
+        try:
+            yield terminal
+        finally:
+            terminal.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; never raises but for SystemExit."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    raise_on_signals()
+    try:
+        code = app(args=argv, prog_name="graphfold", standalone_mode=False)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("graphfold: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the tables has seen enough; nothing may be flushed to it any more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except Exception as error:  # noqa: BLE001 - the border: every error becomes an exit code
+        return _fail(error, argv)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(error: Exception, argv: Sequence[str]) -> int:
+    code, message = _describe(error)
+    if code == INTERNAL:
+        print(f"graphfold: internal error: {message}", file=sys.stderr)
+        hint = "" if "--debug" in argv else " (--debug shows the traceback)"
+        print(f"graphfold: this is a bug: {ISSUES}{hint}", file=sys.stderr)
+    else:
+        print(f"graphfold: error: {message}", file=sys.stderr)
+    if "--debug" in argv:
+        traceback.print_exception(error)
+    if "--json" in argv:
+        with contextlib.suppress(OSError):
+            print(json.dumps({"error": {"exit_code": code, "message": message}}), flush=True)
+    return code
+
+
+def _describe(error: Exception) -> tuple[int, str]:
+    if isinstance(error, GraphfoldError):
+        return error.exit_code, str(error)
+    if hasattr(error, "format_message"):
+        return BAD_INPUT, _usage_message(error)
+    if isinstance(error, MemoryError):
+        return BAD_INPUT, "out of memory"
+    if isinstance(error, OSError) and error.filename is not None:
+        return BAD_INPUT, f"{error.filename}: {error.strerror}"
+    return INTERNAL, f"{type(error).__name__}: {error}"
+
+
+def _usage_message(error: Any) -> str:
+    """A parser error as one line that names the nearest thing that exists."""
+    text = " ".join(str(error.format_message()).split())
+    name = getattr(error, "option_name", None)
+    if name is not None and hasattr(error, "possibilities"):
+        near = error.possibilities or _near_options(error, name)
+        hint = f"did you mean {near[0]}?" if near else "--help lists them"
+        return f"no such option {name} ({hint})"
+    if text.startswith("Missing command"):
+        return "which command? (graphfold --help lists them)"
+    text = text.removesuffix(".")
+    return text[:1].lower() + text[1:]
+
+
+def _near_options(error: Any, name: str) -> list[str]:
+    import difflib
+
+    command = getattr(getattr(error, "ctx", None), "command", None)
+    known = [option for item in getattr(command, "params", ()) for option in item.opts]
+    return difflib.get_close_matches(name, known, n=1)
