@@ -81,14 +81,19 @@ def load(source: Source, *, check: bool = True) -> Model:
             path = Path(source)
             return _load_proto(_parse(_read(path)), path, check=check)
         if isinstance(source, bytes):
-            return _load_proto(_parse(source), None, check=check)
+            return adopt(_parse(source), check=check)
         copy = onnx.ModelProto()
         copy.CopyFrom(source)
-        return _load_proto(copy, None, check=check)
+        return adopt(copy, check=check)
     except ModelError as error:
         if where is None or error.where is not None:
             raise
         raise ModelError(error.what, where=where, hint=error.hint) from None
+
+
+def adopt(proto: onnx.ModelProto, *, check: bool = True) -> Model:
+    """Make a model of a proto that nobody else holds or will change; otherwise as `load`."""
+    return _load_proto(proto, None, check=check)
 
 
 def _read(path: Path) -> bytes:
