@@ -7,7 +7,6 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +47,8 @@ def optimize(
             onnx_graphsurgeon Graph. It is not modified.
         plan: path of a plan file, a mapping, or a Plan; None folds only what is exact and
             lowers the cost.
-        passes, skip_passes: rewrites to run, or to leave out, by name.
+        passes: rewrites to run, by name; all by default.
+        skip_passes: rewrites to leave out, by name.
         allow_other_model: accept a plan made for another file where its tensors exist.
         allow_growth: merge loose runs even where cost rises.
         border_repair: force one repair of merged borders (`graphfold.emit.REPAIRS`); by default

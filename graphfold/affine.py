@@ -364,7 +364,7 @@ class AffineConv:
         )
 
     def take(self, channels: Sequence[int]) -> AffineConv:
-        """The convolution whose outputs are these output channels, in this order (Slice, Gather)."""
+        """The convolution of these output channels alone, in this order (Slice, Gather)."""
         rows = np.asarray(channels, dtype=np.int64)
         groups = _groups_after_take(self, rows)
         dense = self.with_groups(groups)
@@ -412,12 +412,12 @@ class AffineConv:
 
 
 def identity(channels: int, rank: int) -> AffineConv:
-    """y = x, as a depthwise convolution of kernel 1."""
+    """The map y = x, as a depthwise convolution of kernel 1."""
     return scale_shift(np.ones(channels), np.zeros(channels), rank)
 
 
 def scale_shift(scale: Array, shift: Array, rank: int) -> AffineConv:
-    """y = scale * x + shift per channel, as a depthwise convolution of kernel 1."""
+    """The map y = scale * x + shift per channel, as a depthwise convolution of kernel 1."""
     channels = scale.shape[0]
     weight = np.asarray(scale, dtype=np.float64).reshape(channels, 1, *[1] * rank)
     return AffineConv(weight, np.asarray(shift, dtype=np.float64), (Axis(),) * rank, channels)
@@ -488,8 +488,8 @@ def _compose_weights(first: AffineConv, second: AffineConv, merged: Geometry) ->
 def _block_product(right: Array, left: Array) -> Array:
     """Matrix product per block; with one mid channel a plain product, which is far cheaper."""
     if right.shape[-1] == 1:
-        return right * left
-    return right @ left
+        return np.asarray(right * left)
+    return np.asarray(right @ left)
 
 
 def _placement(
@@ -522,12 +522,14 @@ def _per_tap(second: AffineConv, values: Array) -> Array:
     out, width, *kernel = second.weight.shape
     blocks = second.weight.reshape(groups, out // groups, width, -1)
     product = np.einsum("gomk,gm->gok", blocks, values.reshape(groups, width))
-    return product.reshape(out, *kernel)
+    per_tap: Array = product.reshape(out, *kernel)
+    return per_tap
 
 
 def _total(second: AffineConv, values: Array) -> Array:
     per_tap = _per_tap(second, values)
-    return per_tap.sum(axis=tuple(range(1, per_tap.ndim)))
+    total: Array = per_tap.sum(axis=tuple(range(1, per_tap.ndim)))
+    return total
 
 
 def _embed(part: AffineConv, merged: Geometry) -> AffineConv:

@@ -225,7 +225,9 @@ def resolved_shapes(
 ) -> Mapping[str, TensorShape]:
     """The graph's tensor shapes with unknown batches as 1 and other inputs as given.
 
-    Runs onnx's shape inference on a copy without weights; the graph's own where all is known.
+    Runs onnx's shape inference on a copy without weights, and the model itself for shapes that
+    this leaves open (padding or reshaping by computed amounts); the graph's own where all is
+    known.
     """
     inputs = [value for value in graph.ir.inputs if not value.is_initializer()]
     declared = {value.name or "": graph.shape(value) for value in inputs}
@@ -233,9 +235,43 @@ def resolved_shapes(
     if "" in given and len(inputs) == 1:
         given[inputs[0].name or ""] = given.pop("")
     fixed = {name: _fixed(s, given.get(name)) for name, s in declared.items() if s}
-    if all(fixed.get(name) == shape for name, shape in declared.items() if shape):
-        return graph.shapes
-    return _infer(graph, fixed)
+    shapes: Mapping[str, TensorShape] = graph.shapes
+    if any(fixed.get(name) != shape for name, shape in declared.items() if shape):
+        shapes = _infer(graph, fixed)
+    is_fixed = len(fixed) == len(declared) and all(map(_is_known, fixed.values()))
+    if is_fixed and not all(_is_known(shapes.get(name)) for name in _computed(graph)):
+        return dict(shapes) | _measured(graph, fixed)
+    return shapes
+
+
+def _is_known(shape: TensorShape | None) -> bool:
+    return shape is not None and all(isinstance(size, int) and size >= 0 for size in shape)
+
+
+def _computed(graph: Graph) -> list[str]:
+    return [value.name for node in graph.ir for value in node.outputs if value.name]
+
+
+def _measured(graph: Graph, fixed: Mapping[str, TensorShape]) -> dict[str, TensorShape]:
+    """Shapes of all tensors in one run of the model; none where onnxruntime does not run it."""
+    import numpy as np
+
+    from graphfold.errors import ModelError
+    from graphfold.runtime import Runnable, Session
+    from graphfold.specs import Filling, random_inputs
+
+    sizes = {
+        name: tuple(size for size in shape if isinstance(size, int))
+        for name, shape in fixed.items()
+    }
+    try:
+        with Runnable(graph.model) as runnable:
+            session = Session(runnable, optimize=False, extra_outputs=_computed(graph))
+            rng = np.random.default_rng(0)
+            found = session.run(random_inputs(session.inputs, sizes, Filling(), rng))
+    except ModelError:
+        return {}
+    return {name: array.shape for name, array in found.items()}
 
 
 def _fixed(shape: TensorShape, given: Sequence[int] | None) -> TensorShape:

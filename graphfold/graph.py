@@ -118,6 +118,9 @@ class Graph:
         if value.const_value is not None:
             return value.const_value.dtype
         producer = value.producer()
+        if is_op(producer, "Constant"):
+            constant = self.constant(value)
+            return None if constant is None else ir.DataType.from_numpy(constant.dtype)
         if producer is not None and producer.inputs and producer.inputs[0] is not None:
             return self.dtype(producer.inputs[0])
         return None
@@ -182,7 +185,7 @@ class Graph:
         """Register `data` as a new initializer named after tensor `base`."""
         name = self.fresh_name(base)
         tensor = ir.tensor(np.ascontiguousarray(data), name=name)
-        value = ir.Value(name=name, shape=tensor.shape, const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(data.shape), const_value=tensor)
         value.type = ir.TensorType(tensor.dtype)
         self.ir.register_initializer(value)
         self.shapes[name] = tuple(int(size) for size in data.shape)
@@ -346,7 +349,7 @@ def infer_shapes(model: Model) -> dict[str, TensorShape]:
     proto = to_proto(model, data=False)
     try:
         inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    except Exception:  # onnx raises bare RuntimeError and its own InferenceError alike
+    except Exception:  # noqa: BLE001 - onnx raises several kinds; declared shapes remain
         inferred = proto
     for info in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
         if info.type.WhichOneof("value") == "tensor_type" and info.type.tensor_type.HasField(

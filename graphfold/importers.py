@@ -8,6 +8,7 @@ an ordinary plan in the model's own tensor names: importers add no semantics.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import onnx_ir as ir
 
@@ -149,7 +150,7 @@ def _expand_index_sets(
     segments: list[Segment] = []
     loose: list[str] = []
     added: list[AddedActivation] = []
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in pairwise(ends):
         inside = convs[start + 1 : end + 1]
         removed = [convs[index].name for index in range(start + 1, end + 1) if index not in kept]
         if len(inside) == 1:

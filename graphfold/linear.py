@@ -175,10 +175,12 @@ def _div(node: ir.Node, context: Context) -> LinearOperator:
 
 
 def _neg(node: ir.Node, context: Context) -> LinearOperator:
+    del node
     return _per_channel(-np.ones(context.channels), np.zeros(context.channels), context)
 
 
 def _identity(node: ir.Node, context: Context) -> LinearOperator:
+    del node
     return _known(identity(context.channels, context.rank))
 
 
@@ -390,7 +392,7 @@ def _check_single_exit(nodes: Iterable[ir.Node], inside: set[ir.Node], output: i
 
 def region_geometry(graph: Graph, region: Region) -> Geometry:
     """Shape of the one convolution that equals a region; raises NotExactError with the reason."""
-    return _walk(
+    geometry: Geometry = _walk(
         graph,
         region,
         build=lambda operator: operator.geometry,
@@ -398,11 +400,12 @@ def region_geometry(graph: Graph, region: Region) -> Geometry:
         join=_join_geometries,
         start=lambda channels, rank: identity(channels, rank).geometry,
     )
+    return geometry
 
 
 def region_affine(graph: Graph, region: Region) -> AffineConv:
     """The one affine convolution that equals a region; raises NotExactError with the reason."""
-    return _walk(
+    affine: AffineConv = _walk(
         graph,
         region,
         build=lambda operator: operator.build(),
@@ -410,6 +413,7 @@ def region_affine(graph: Graph, region: Region) -> AffineConv:
         join=_join_affines,
         start=identity,
     )
+    return affine
 
 
 def _walk(
@@ -490,7 +494,7 @@ def _known(affine: AffineConv) -> LinearOperator:
 
 def _constant_shape(graph: Graph, value: ir.Value | None) -> tuple[int, ...]:
     if value is not None and value.const_value is not None:
-        return tuple(int(size) for size in value.const_value.shape)
+        return tuple(size for size in value.const_value.shape if isinstance(size, int))
     constant = graph.constant(value)
     assert constant is not None
     return constant.shape

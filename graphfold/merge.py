@@ -60,6 +60,11 @@ def merged_geometry(work: Work, region: Region) -> Geometry:
     return region_geometry(work.graph, region)
 
 
+def current_region(work: Work, region: Region) -> Region:
+    """The same region after merges before it: its entry may have been replaced since."""
+    return Region(work.graph.current(region.entry), region.output, region.nodes)
+
+
 def region_dtype(work: Work, region: Region) -> ir.DataType | None:
     """Element type of a region: that of its first weights."""
     for node in region.nodes:

@@ -42,8 +42,8 @@ Activation = ActivationName | LikeActivation
 class ModelReference(_Strict):
     """The model that a plan was made for."""
 
-    name: str | None = Field(None, description="file name, for people")
-    sha256: str | None = Field(None, description="digest of the file and its external data")
+    name: str | None = Field(default=None, description="file name, for people")
+    sha256: str | None = Field(default=None, description="digest of the file and its external data")
 
 
 class Segment(_Strict):
@@ -52,30 +52,35 @@ class Segment(_Strict):
     input: TensorName = Field(description="tensor that its first convolution reads")
     output: TensorName = Field(description="last tensor before the next activation or convolution")
     weights: Literal["merge", "regress"] = Field(
-        "merge", description="merged exactly, or fitted on data"
+        default="merge", description="merged exactly, or fitted on data"
     )
     boundary: Boundary | None = Field(
-        None,
+        default=None,
         description="exact: padding stays where it is; hoist: all padding moves to the first "
         "convolution. Required for weights: merge",
     )
-    family: Family | None = Field(None, description="what the result must be; checked")
+    family: Family | None = Field(default=None, description="what the result must be; checked")
     kernel: list[Annotated[int, Field(ge=1)]] | None = Field(
-        None, description="kernel size per spatial axis; checked against the merge's result"
+        default=None, description="kernel size per spatial axis; checked against the merge's result"
     )
-    rank: Annotated[int, Field(ge=1)] | None = Field(None, description="for family: low_rank")
-    width: Annotated[int, Field(ge=1)] | None = Field(None, description="for family: narrow")
+    rank: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="for family: low_rank"
+    )
+    width: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="for family: narrow"
+    )
     activation: Activation | None = Field(
-        None, description="free activation after the segment; null where the model has one there"
+        default=None,
+        description="free activation after the segment; null where the model has one there",
     )
     remove_activations: list[TensorName] | None = Field(
-        None, description="activation sites inside to remove; all of them when left out"
+        default=None, description="activation sites inside to remove; all of them when left out"
     )
     remove_convs: list[TensorName] = Field(
         default_factory=list, description="conv sites inside to remove with their normalisation"
     )
     norm: Literal["after", "drop"] | None = Field(
-        None, description="for segments that hold a GroupNorm"
+        default=None, description="for segments that hold a GroupNorm"
     )
 
 
@@ -109,25 +114,25 @@ class Plan(_Strict):
     )
     add_activations: list[AddedActivation] = Field(default_factory=list)
     keep_blocks: list[State] | None = Field(
-        None,
+        default=None,
         description="short form (DepthShrinker): 1 keeps a block's activations, 0 removes them; "
         "one entry per inverted-residual block, or two more with stem and head at the ends",
     )
     act_ind: list[Index] | None = Field(
-        None, description="short form (LayerMerge): convolutions after which a segment ends"
+        default=None, description="short form (LayerMerge): convolutions after which a segment ends"
     )
     conv_ind: list[Index] | None = Field(
-        None, description="short form (LayerMerge): convolutions that stay"
+        default=None, description="short form (LayerMerge): convolutions that stay"
     )
     boundary: Boundary | None = Field(
-        None, description="of the short forms: exact for keep_blocks, hoist for act_ind"
+        default=None, description="of the short forms: exact for keep_blocks, hoist for act_ind"
     )
     activation: Activation | None = Field(
-        None, description="of the short forms: the free activation after each segment"
+        default=None, description="of the short forms: the free activation after each segment"
     )
     quantize: Quantize | None = None
     objective: dict[str, Any] | None = Field(
-        None, description="what the plan was made for; informative"
+        default=None, description="what the plan was made for; informative"
     )
 
     @property

@@ -99,7 +99,10 @@ def _check_digest(model: Model, plan: Plan, allow_other_model: bool) -> Sequence
     actual = digest(source)
     if actual == stated:
         return ()
-    what = f"the plan was made for another model: sha256 {stated[:12]}..., this one's is {actual[:12]}..."
+    what = (
+        f"the plan was made for another model: sha256 {stated[:12]}..., "
+        f"this one's is {actual[:12]}..."
+    )
     if not allow_other_model:
         raise PlanError([Problem("model.sha256", what, "--allow-other-model applies it anyway")])
     return (what,)

@@ -115,7 +115,7 @@ def _bars(
         rows.append(f"<text class='soft' x='{end:.1f}' y='{top + 14}'>{after}</text>")
     height = 36 + len(changes) * _ROW
     return (
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {_WIDTH} {height}' width='{_WIDTH}'"
+        f"<svg viewBox='0 0 {_WIDTH} {height}' width='{_WIDTH}'"
         f" role='img' aria-label='cost per block before and after'>{''.join(rows)}</svg>"
     )
 

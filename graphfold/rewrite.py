@@ -112,14 +112,18 @@ class Work:
     # Nodes of segments, and the convolutions they became: loose merges stop there.
     barrier: set[ir.Node] = field(default_factory=set)
 
-    def bypass(self, output: ir.Value, source: ir.Value) -> None:
-        """Remove what lies between two tensors; the plan's tensors follow."""
+    def bypass(self, output: ir.Value, source: ir.Value) -> ir.Value:
+        """Remove what lies between two tensors; returns the tensor that stands for `output`.
+
+        The plan's tensors follow.
+        """
         follows = self.graph.bypass(output, source)
         for segment in self.plan.segments:
             segment.input = follows if segment.input is output else segment.input
             segment.output = follows if segment.output is output else segment.output
         for added in self.plan.added:
             added.value = follows if added.value is output else added.value
+        return follows
 
 
 class Pass(ABC):

@@ -16,8 +16,15 @@ import onnx_ir as ir
 from graphfold.affine import Geometry
 from graphfold.emit import choose_repair, repair_cost
 from graphfold.errors import NotExactError
-from graphfold.graph import Graph, is_op, node_label, only_consumer
-from graphfold.linear import Context, LinearOperator, Region, linear_operator, variable_inputs
+from graphfold.graph import is_op, node_label, only_consumer
+from graphfold.linear import (
+    FLOAT_TYPES,
+    Context,
+    LinearOperator,
+    Region,
+    linear_operator,
+    variable_inputs,
+)
 from graphfold.rewrite import Work
 
 # Stands for sizes that are not fixed: costs are compared with one another, so any size that
@@ -111,13 +118,13 @@ def chains(work: Work) -> Iterator[Chain]:
     for node in work.graph.nodes():
         if node in taken or node in work.barrier or not is_op(node, "Conv"):
             continue
-        chain = _chain_from(work, _with_pad_before(work.graph, node))
+        chain = _chain_from(work, _with_pad_before(node))
         if chain is not None:
             taken.update(link.node for link in chain.links)
             yield chain
 
 
-def _with_pad_before(graph: Graph, conv: ir.Node) -> ir.Node:
+def _with_pad_before(conv: ir.Node) -> ir.Node:
     source = conv.inputs[0]
     producer = source.producer() if source is not None else None
     if producer is not None and is_op(producer, "Pad") and only_consumer(producer.outputs[0]):
@@ -130,11 +137,13 @@ def _chain_from(work: Work, first: ir.Node) -> Chain | None:
     conv = first if is_op(first, "Conv") else only_consumer(first.outputs[0])
     assert conv is not None
     weight = graph.shape(conv.inputs[1])
-    if weight is None or not graph.is_constant(conv.inputs[1]):
+    if weight is None or conv.inputs[1] is None or not graph.is_constant(conv.inputs[1]):
+        return None
+    if graph.dtype(conv.inputs[1]) not in FLOAT_TYPES:
         return None
     rank = len(weight) - 2
     groups = conv.attributes["group"].as_int() if "group" in conv.attributes else 1
-    channels = int(weight[1] or 0) * groups  # type: ignore[arg-type]
+    channels = (weight[1] if isinstance(weight[1], int) else 0) * groups
     source = first.inputs[0]
     sizes = graph.sizes(source) or (None,) * rank
     nominal = tuple(NOMINAL_SIZE if size is None else size for size in sizes)

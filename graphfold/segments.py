@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from graphfold.errors import NotExactError
-from graphfold.graph import Graph, consumers, is_op, only_consumer
-from graphfold.linear import find_region, is_join, topological_between, variable_inputs
+from graphfold.graph import Graph, consumers, is_op, only_consumer, topological_between
+from graphfold.linear import find_region, is_join, variable_inputs
 from graphfold.sites import ActivationSite, ConvSite, Sites, find_sites
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -119,14 +119,14 @@ def _feeds_only(value: ir.Value, nodes: Sequence[ir.Node]) -> bool:
 
 def _after_residual_add(graph: Graph, output: ir.Value, source: ir.Value) -> tuple[ir.Value, bool]:
     reader = only_consumer(output)
-    if reader is not None and is_op(reader, "Add") and is_join(graph, reader):
-        if any(value is source for value in reader.inputs):
-            return reader.outputs[0], True
-    return output, False
+    if reader is None or not is_op(reader, "Add") or not is_join(graph, reader):
+        return output, False
+    holds = any(value is source for value in reader.inputs)
+    return (reader.outputs[0], True) if holds else (output, False)
 
 
 def whole_branch_end(graph: Graph, source: ir.Value, output: ir.Value, sites: Sites) -> ir.Value:
-    """Follow residual Adds behind `output` as long as the segment from `source` holds them whole."""
+    """Follow residual Adds behind `output` while the segment from `source` holds them whole."""
     while True:
         reader = only_consumer(output)
         if reader is None or not is_join(graph, reader) or not is_op(reader, "Add"):
@@ -190,7 +190,7 @@ def blocks(graph: Graph) -> list[Block]:
     pieces: list[list[ir.Node]] = []
     boundary = True
     for node, is_cut in _cuts(graph):
-        starts = boundary and (_is_weighted(graph, node) or _splits(graph, node))
+        starts = boundary and (_is_weighted(node) or _splits(graph, node))
         same_block = (
             bool(pieces)
             and inverted.get(node) is not None
@@ -214,12 +214,12 @@ def _owned_by_inverted(graph: Graph, sites: Sites) -> dict[ir.Node, InvertedResi
 def _cuts(graph: Graph) -> Iterator[tuple[ir.Node, bool]]:
     """Every node with whether, after it, exactly one tensor is alive (liveness in order)."""
     remaining: dict[ir.Value, int] = {}
-    for value in graph.ir.inputs:
-        if not value.is_initializer() and value.uses():
-            remaining[value] = _data_uses(value)
+    for entry in graph.ir.inputs:
+        if not entry.is_initializer() and entry.uses():
+            remaining[entry] = _data_uses(entry)
     for node in graph.ir:
         for value in node.inputs:
-            if value in remaining and not is_op(node, "Shape"):
+            if value is not None and value in remaining and not is_op(node, "Shape"):
                 remaining[value] -= 1
                 if remaining[value] == 0 and not value.is_graph_output():
                     del remaining[value]
@@ -234,7 +234,7 @@ def _data_uses(value: ir.Value) -> int:
     return sum(not is_op(usage.node, "Shape") for usage in value.uses())
 
 
-def _is_weighted(graph: Graph, node: ir.Node) -> bool:
+def _is_weighted(node: ir.Node) -> bool:
     return is_op(node, *_WEIGHTED) or (
         is_op(node, "Pad") and is_op(only_consumer(node.outputs[0]), *_WEIGHTED)
     )

@@ -16,12 +16,19 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from graphfold.errors import NotExactError
-from graphfold.graph import Graph, attribute, consumers, is_op, node_label, only_consumer
+from graphfold.graph import (
+    Graph,
+    attribute,
+    consumers,
+    is_op,
+    node_label,
+    only_consumer,
+    topological_between,
+)
 from graphfold.linear import (
     Context,
     conv_axes,
     linear_operator,
-    topological_between,
     variable_inputs,
     zero_padding,
 )
@@ -241,7 +248,7 @@ _POINTS = np.linspace(-8.0, 8.0, 161)
 
 
 def _sigmoid(x: NDArray[Any]) -> NDArray[Any]:
-    return 1.0 / (1.0 + np.exp(-x))
+    return np.asarray(1.0 / (1.0 + np.exp(-x)))
 
 
 def _erf(x: NDArray[Any]) -> NDArray[Any]:
@@ -251,7 +258,7 @@ def _erf(x: NDArray[Any]) -> NDArray[Any]:
     return values
 
 
-_KNOWN: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
+_KNOWN: dict[str, Callable[[Any], Any]] = {
     "Relu": lambda x: np.maximum(x, 0),
     "Relu6": lambda x: np.clip(x, 0, 6),
     "SiLU": lambda x: x * _sigmoid(x),
@@ -287,10 +294,10 @@ def _is_two_lines(graph: Graph, source: ir.Value, nodes: Sequence[ir.Node]) -> b
 def _clip(node: ir.Node, x: NDArray[Any], args: list[NDArray[Any] | None]) -> NDArray[Any]:
     low = args[1] if len(args) > 1 else attribute(node, "min")
     high = args[2] if len(args) > 2 else attribute(node, "max")
-    return np.clip(x, -np.inf if low is None else low, np.inf if high is None else high)
+    return np.asarray(np.clip(x, -np.inf if low is None else low, np.inf if high is None else high))
 
 
-_UNARY: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
+_UNARY: dict[str, Callable[[Any], Any]] = {
     "Relu": lambda x: np.maximum(x, 0),
     "Sigmoid": _sigmoid,
     "Tanh": np.tanh,
@@ -306,7 +313,7 @@ _UNARY: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
     "HardSwish": _KNOWN["HardSwish"],
     "Mish": _KNOWN["Mish"],
 }
-_BINARY: dict[str, Callable[[Any, Any], NDArray[Any]]] = {
+_BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "Add": np.add,
     "Sub": np.subtract,
     "Mul": np.multiply,
@@ -340,20 +347,20 @@ def _evaluate_node(node: ir.Node, args: list[Any]) -> NDArray[Any] | None:
     if args[0] is None:
         return None
     if node.op_type in _UNARY:
-        return _UNARY[node.op_type](args[0])
+        return np.asarray(_UNARY[node.op_type](args[0]))
     if node.op_type in _BINARY and len(args) == 2 and args[1] is not None:
         return _evaluate_binary(node, args)
     if node.op_type == "Clip":
         return _clip(node, args[0], args)
     if node.op_type == "HardSigmoid":
         alpha, beta = attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)
-        return np.clip(alpha * args[0] + beta, 0, 1)
+        return np.asarray(np.clip(alpha * args[0] + beta, 0, 1))
     return None
 
 
 def _evaluate_binary(node: ir.Node, args: list[Any]) -> NDArray[Any] | None:
     try:
-        return _BINARY[node.op_type](*args)
+        return np.asarray(_BINARY[node.op_type](*args))
     except ValueError:
         # Per-channel constants do not broadcast with many points at once.
         return None
@@ -414,7 +421,7 @@ def _conv_site(graph: Graph, conv: ir.Node, owned: set[ir.Node]) -> ConvSite:
     groups = attribute(conv, "group", 1)
     out_channels = _out_channels(graph, conv)
     output = _extend_with_constants(graph, conv, nodes, out_channels, owned)
-    reason = _why_not_removable(graph, conv, source, kernel, pads, width * groups, out_channels)
+    reason = _why_not_removable(graph, conv, kernel, pads, width * groups, out_channels)
     return ConvSite(
         conv, source, output, tuple(nodes), reason is None, reason,
         tuple(kernel), groups, width * groups, out_channels,
@@ -430,7 +437,8 @@ def _weight_shape(graph: Graph, conv: ir.Node) -> tuple[tuple[int, ...], int]:
 
 def _out_channels(graph: Graph, conv: ir.Node) -> int:
     shape = graph.shape(conv.inputs[1])
-    assert shape is not None and isinstance(shape[0], int)
+    assert shape is not None
+    assert isinstance(shape[0], int)
     return shape[0]
 
 
@@ -459,7 +467,6 @@ def _extend_with_constants(
 def _why_not_removable(
     graph: Graph,
     conv: ir.Node,
-    source: ir.Value,
     kernel: Sequence[int],
     pads: list[tuple[int, int]] | None,
     in_channels: int,

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from graphfold.errors import NotExactError
 from graphfold.graph import consumers, is_op, node_label
 from graphfold.linear import Region
-from graphfold.merge import MergeCandidate, merge_region, merged_geometry
+from graphfold.merge import MergeCandidate, current_region, merge_region, merged_geometry
 from graphfold.rewrite import Fold, Pass, Phase, Work
 
 
@@ -54,15 +54,14 @@ class FoldBatchnorm(Pass):
         if others:
             return f"{value.name!r} is also read by {node_label(others[0])!r}"
         try:
-            merged_geometry(work, candidate)
+            merged_geometry(work, current_region(work, candidate))
         except NotExactError as error:
             return error.what
         return None
 
     def rewrite(self, work: Work, candidate: Region) -> Fold:
         """Replace both by one convolution."""
-        entry = work.graph.current(candidate.entry)
-        region = Region(entry, candidate.output, candidate.nodes)
+        region = current_region(work, candidate)
         return merge_region(work, MergeCandidate(region), self.name)
 
 

@@ -80,7 +80,7 @@ class _Builder:
         """The named function; 'x' stands for its input, integers for earlier steps."""
         results: list[ir.Value] = []
         for op_type, arguments, attributes in _spelling(activation, self.graph.opset):
-            inputs = [
+            inputs: list[ir.Value | None] = [
                 self.value
                 if argument == "x"
                 else results[argument]

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
-from graphfold.linear import Region
-from graphfold.merge import MergeCandidate, has_join, merge_region, segment_regions
+from graphfold.merge import MergeCandidate, current_region, has_join, merge_region, segment_regions
 from graphfold.rewrite import Fold, Pass, Phase, Work
 from graphfold.runs import Chain, best_split, chains, why_separate
 
@@ -65,10 +65,8 @@ class MergeConvs(Pass):
     def rewrite(self, work: Work, candidate: MergeCandidate | _Refused) -> Fold:
         """Replace the chain by its convolution."""
         assert isinstance(candidate, MergeCandidate)
-        region = candidate.region
-        entry = work.graph.current(region.entry)
-        current = Region(entry, region.output, region.nodes)
-        return merge_region(work, MergeCandidate(current, candidate.segment), self.name)
+        region = current_region(work, candidate.region)
+        return merge_region(work, MergeCandidate(region, candidate.segment), self.name)
 
 
 def _loose(work: Work, chain: Chain) -> Iterable[MergeCandidate | _Refused]:
@@ -77,7 +75,7 @@ def _loose(work: Work, chain: Chain) -> Iterable[MergeCandidate | _Refused]:
     convs = [position for position, link in enumerate(chain.links) if link.is_conv]
     for start, end in pieces:
         yield MergeCandidate(chain.region(start, end))
-    for first, second in zip(convs, convs[1:], strict=False):
+    for first, second in pairwise(convs):
         if first not in covered or second not in {*covered, *(end - 1 for _, end in pieces)}:
             name = chain.links[second].node.outputs[0].name or ""
             yield _Refused(name, why_separate(work, chain, first, second))

@@ -22,6 +22,7 @@ from graphfold.graph import is_op
 from graphfold.linear import OPERATORS, Region, find_region, is_join, variable_inputs
 from graphfold.merge import (
     MergeCandidate,
+    current_region,
     has_join,
     merge_region,
     merged_geometry,
@@ -66,27 +67,23 @@ class MergeResidual(Pass):
             return None
         if candidate.region.nodes[-1].graph is None:
             return "it was merged with a sum around it"
+        region = current_region(work, candidate.region)
         try:
-            geometry = merged_geometry(work, candidate.region)
+            geometry = merged_geometry(work, region)
         except NotExactError as error:
             return error.what
-        sizes = work.graph.sizes(candidate.region.entry) or (None,) * geometry.rank
+        sizes = work.graph.sizes(region.entry) or (None,) * geometry.rank
         nominal = tuple(NOMINAL_SIZE if size is None else size for size in sizes)
         merged = merged_cost(work, geometry, sizes, nominal)
-        present = _present_cost(work, candidate.region)
+        present = _present_cost(work, region)
         if merged > present and not work.allow_growth:
             return f"merging raises cost: {growth(present, merged)}"
         return None
 
     def rewrite(self, work: Work, candidate: MergeCandidate) -> Fold:
         """Replace the branches and their sum by one convolution."""
-        region = candidate.region
-        entry = work.graph.current(region.entry)
-        return merge_region(
-            work,
-            MergeCandidate(Region(entry, region.output, region.nodes), candidate.segment),
-            self.name,
-        )
+        region = current_region(work, candidate.region)
+        return merge_region(work, MergeCandidate(region, candidate.segment), self.name)
 
 
 def _segment_nodes(work: Work) -> set[ir.Node]:
