@@ -1,8 +1,8 @@
 """Models in and out: load, check, save, digests, comparison of interfaces.
 
 External data stays on disk: it is memory-mapped when read and streamed when written, so a model of
-several gigabytes takes a few megabytes here. Whatever no pass rewrote comes out as it came in
-(`graphfold.protos`), and a file appears whole or not at all (`graphfold.files`).
+several gigabytes takes a few megabytes here. Whatever no pass rewrote comes out as it came in (see
+`graphfold.reader`, `graphfold.writer`), and files appear whole or not at all (`graphfold.files`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import onnx_ir
 from google.protobuf.message import DecodeError
 
 from graphfold import check as checks
-from graphfold import protos
+from graphfold import origins, reader, tensors, writer
 from graphfold.errors import ModelError, OutputError
 from graphfold.files import (
     CHUNK_BYTES,
@@ -47,7 +47,7 @@ class Model:
 
     ir: onnx_ir.Model
     path: Path | None = None
-    _header: protos.Header = field(default_factory=protos.Header, repr=False)
+    _header: origins.Header = field(default_factory=origins.Header, repr=False)
     _external: bool = field(default=False, repr=False)
 
     def clone(self) -> Model:
@@ -124,20 +124,20 @@ def _load_proto(proto: onnx.ModelProto, path: Path | None, *, check: bool) -> Mo
     checks.check_header(proto)
     in_order = checks.check_wiring(proto)
     try:
-        ir, header = protos.read(proto)
+        ir, header = reader.read(proto)
     except onnx_ir.serde.SerdeError as error:
         raise ModelError(f"cannot be understood: {_root_cause(error)}") from error
     if not in_order:
         _sort(ir)
     model = Model(ir, path, header)
-    for tensor in protos.tensors(ir):
+    for tensor in tensors.tensors(ir):
         if isinstance(tensor, onnx_ir.ExternalTensor):
             model._external = True
             _locate(tensor, path)
         if check or isinstance(tensor, onnx_ir.ExternalTensor):
             checks.check_tensor(tensor)
     if check:
-        checks.check_operators(protos.write(ir, header, payload=protos.Payload.STUB))
+        checks.check_operators(writer.write(ir, header, payload=writer.Payload.STUB))
     return model
 
 
@@ -178,7 +178,7 @@ def _load_ir(source: onnx_ir.Model) -> Model:
             f"the onnx-ir model cannot be copied: {_root_cause(error)}",
             hint="sort its graph and define every value that is read",
         ) from error
-    external = any(isinstance(item, onnx_ir.ExternalTensor) for item in protos.tensors(ir))
+    external = any(isinstance(item, onnx_ir.ExternalTensor) for item in tensors.tensors(ir))
     return Model(ir, _external=external)
 
 
@@ -194,17 +194,17 @@ def to_proto(model: Model, *, data: bool = True) -> onnx.ModelProto:
         ModelError: the data exceeds what a proto can hold (2 GB).
     """
     if not data:
-        return protos.write(model.ir, model._header, payload=protos.Payload.OMIT)
+        return writer.write(model.ir, model._header, payload=writer.Payload.OMIT)
     if _payload(model) > _INLINE_LIMIT:
         raise ModelError(
             "its tensors exceed the 2 GB that a ModelProto can hold",
             hint="save it to a file, with external data",
         )
-    return protos.write(model.ir, model._header)
+    return writer.write(model.ir, model._header)
 
 
 def _payload(model: Model) -> int:
-    return sum(protos.payload_bytes(tensor) for tensor in protos.tensors(model.ir))
+    return sum(tensors.payload_bytes(tensor) for tensor in tensors.tensors(model.ir))
 
 
 def save(model: Model, path: str | Path, *, external_data: ExternalData = "auto") -> list[Path]:
@@ -242,7 +242,7 @@ def save(model: Model, path: str | Path, *, external_data: ExternalData = "auto"
 
 def _save_inline(model: Model, path: Path) -> list[Path]:
     with PendingFile(path) as pending:
-        pending.file.write(_serialized(protos.write(model.ir, model._header)))
+        pending.file.write(_serialized(writer.write(model.ir, model._header)))
         pending.publish(pending.target)
     return [path]
 
@@ -254,8 +254,8 @@ def _serialized(proto: onnx.ModelProto) -> bytes:
 def _save_with_data(model: Model, path: Path) -> list[Path]:
     with PendingFile(path) as pending, PendingFile(path) as data:
         places, name = _write_data(model, data, path.stem)
-        locations = {key: protos.Location(name, *place) for key, place in places.items()}
-        proto = protos.write(model.ir, model._header, locations=locations)
+        locations = {key: writer.Location(name, *place) for key, place in places.items()}
+        proto = writer.write(model.ir, model._header, locations=locations)
         pending.file.write(_serialized(proto))
         if not locations:
             pending.publish(pending.target)
@@ -291,14 +291,14 @@ def _write_data(
     places: dict[int, tuple[int, int]] = {}
     shared: dict[tuple[str, int, int], tuple[int, int]] = {}
     position = 0
-    for tensor in protos.tensors(model.ir):
+    for tensor in tensors.tensors(model.ir):
         if id(tensor) in places or not _goes_outside(tensor):
             continue
         key = _place_on_disk(tensor)
         if key is not None and key in shared:
             places[id(tensor)] = shared[key]
             continue
-        size = protos.payload_bytes(tensor)
+        size = tensors.payload_bytes(tensor)
         step = _ALIGN_LARGE_BYTES if size >= _LARGE_BYTES else _ALIGN_BYTES
         gap = -position % step
         for chunk in (bytes(gap), *_chunks(tensor)):
@@ -314,8 +314,8 @@ def _write_data(
 def _goes_outside(tensor: onnx_ir.TensorProtocol) -> bool:
     return (
         tensor.dtype != onnx_ir.DataType.STRING
-        and not protos.is_sparse(tensor)
-        and protos.payload_bytes(tensor) > protos.SMALL_TENSOR_BYTES
+        and not tensors.is_sparse(tensor)
+        and tensors.payload_bytes(tensor) > tensors.SMALL_TENSOR_BYTES
     )
 
 
@@ -358,12 +358,12 @@ def digest(source: Source) -> str:
     if isinstance(source, onnx.ModelProto):
         return hashlib.sha256(_serialized(source)).hexdigest()
     model = source if isinstance(source, Model) else Model(source)
-    on_disk = [item for item in protos.tensors(model.ir) if _place_on_disk(item) is not None]
-    payload = protos.Payload.OMIT if on_disk else protos.Payload.INLINE
-    proto = protos.write(model.ir, model._header, payload=payload)
+    on_disk = [item for item in tensors.tensors(model.ir) if _place_on_disk(item) is not None]
+    payload = writer.Payload.OMIT if on_disk else writer.Payload.INLINE
+    proto = writer.write(model.ir, model._header, payload=payload)
     hasher = hashlib.sha256(_serialized(proto))
     if on_disk:
-        for tensor in protos.tensors(model.ir):
+        for tensor in tensors.tensors(model.ir):
             for chunk in _chunks(tensor):
                 hasher.update(chunk)
     return hasher.hexdigest()
@@ -375,7 +375,7 @@ def _file_digest(path: Path) -> str:
     update_with_file(hasher, path)
     places = {
         os.fspath(item.location): item
-        for item in protos.tensors(model.ir)
+        for item in tensors.tensors(model.ir)
         if isinstance(item, onnx_ir.ExternalTensor)
     }
     for location in sorted(places):
@@ -407,7 +407,7 @@ def compare_interfaces(before: Model, after: Model) -> list[str]:
 
 
 def _function_bytes(function: onnx_ir.Function) -> bytes:
-    return bytes(protos.function_proto(function).SerializeToString(deterministic=True))
+    return bytes(writer.function_proto(function).SerializeToString(deterministic=True))
 
 
 def _compare_maps(
