@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from graphfold.model import Model
 
 LARGEST_SPREAD = 0.10
+_SMALLEST_SHARE = 0.9
 _WARM_UP_RUNS = 3
 _WARM_UP_SECONDS = 0.2
 _PROFILED_RUNS = 20
@@ -61,6 +62,8 @@ class ModelLatency:
         speedup: median over rounds of the first model's median over this one's.
         speedup_spread: interquartile range of those ratios over their median.
         runs: number of timed runs.
+        cpu_share: processor time over wall time while it ran on one thread; below one, others
+            were using the processor. None with several threads or another provider.
         operators: per node, where asked for.
     """
 
@@ -71,12 +74,18 @@ class ModelLatency:
     speedup: float
     speedup_spread: float
     runs: int
+    cpu_share: float | None = None
     operators: tuple[OperatorTime, ...] = ()
 
     @property
     def is_reliable(self) -> bool:
-        """Whether latency and ratio spread by no more than 10 %."""
-        return max(self.spread, self.speedup_spread) <= LARGEST_SPREAD
+        """Whether latency and ratio spread by no more than 10 % and the processor was free."""
+        return max(self.spread, self.speedup_spread) <= LARGEST_SPREAD and not self.was_disturbed
+
+    @property
+    def was_disturbed(self) -> bool:
+        """Whether something else took the processor away for a good part of the time."""
+        return self.cpu_share is not None and self.cpu_share < _SMALLEST_SHARE
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -88,6 +97,7 @@ class ModelLatency:
             "speedup": self.speedup,
             "speedup_spread": self.speedup_spread,
             "runs": self.runs,
+            "cpu_share": self.cpu_share,
             "reliable": self.is_reliable,
             "operators": [
                 {"node": item.node, "op_type": item.op_type, "ms": item.milliseconds}
@@ -206,7 +216,7 @@ def compare(
         feed = _feed(sessions[0], inputs, input_shapes, batch, seed)
         for session in sessions:
             session.run(feed)  # the checked way, for a message where a model cannot take the feed
-        samples = _measure(
+        timings = _measure(
             [session.prepared(feed) for session in sessions], rounds, seconds, report
         )
         del sessions
@@ -214,9 +224,10 @@ def compare(
             _operator_times(runnable, feed, threads, provider) if operators else ()
             for runnable in runnables
         ]
+    is_alone = threads == 1 and provider == "CPUExecutionProvider"
     measured = tuple(
-        _summary(label, own, samples[0], nodes)
-        for label, own, nodes in zip(labels, samples, times, strict=True)
+        _summary(label, own, timings[0].rounds, nodes, own.cpu_share if is_alone else None)
+        for label, own, nodes in zip(labels, timings, times, strict=True)
     )
     return LatencyComparison(
         models=measured,
@@ -253,20 +264,45 @@ def _feed(
 
 def _measure(
     runs: Sequence[Callable[[], object]], rounds: int, seconds: float, progress: Progress
-) -> list[list[list[float]]]:
-    """Milliseconds by model, round and repetition."""
+) -> list[_Timing]:
+    """Timed runs of each model, round by round."""
     repeats = []
     for run in runs:
         once = _warm_up(run)
         repeats.append(max(1, round(seconds / (rounds * len(runs) * once))))
-    samples: list[list[list[float]]] = [[] for _ in runs]
+    timings = [_Timing() for _ in runs]
     with _no_garbage_collection():
         for number in range(rounds):
             progress("measuring", number, rounds)
             for offset in range(len(runs)):
                 index = (number + offset) % len(runs)  # nobody is always first
-                samples[index].append(_timed(runs[index], repeats[index]))
-    return samples
+                timings[index].add(runs[index], repeats[index])
+    return timings
+
+
+@dataclass
+class _Timing:
+    """Milliseconds of one model by round and repetition, and how busy it kept the processor."""
+
+    rounds: list[list[float]] = field(default_factory=list)
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    @property
+    def cpu_share(self) -> float:
+        return self.cpu / self.wall if self.wall else 1.0
+
+    def add(self, run: Callable[[], object], repeats: int) -> None:
+        run()  # the model before has filled the caches with its own weights
+        samples = []
+        cpu, wall = time.process_time(), time.perf_counter()
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            run()
+            samples.append(1000 * (time.perf_counter() - begin))
+        self.wall += time.perf_counter() - wall
+        self.cpu += time.process_time() - cpu
+        self.rounds.append(samples)
 
 
 def _warm_up(run: Callable[[], object]) -> float:
@@ -278,16 +314,6 @@ def _warm_up(run: Callable[[], object]) -> float:
         run()
         durations.append(time.perf_counter() - begin)
     return max(statistics.median(durations), 1e-6)
-
-
-def _timed(run: Callable[[], object], repeats: int) -> list[float]:
-    run()  # the model before has filled the caches with its own weights
-    found = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        found.append(1000 * (time.perf_counter() - begin))
-    return found
 
 
 @contextlib.contextmanager
@@ -303,13 +329,14 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _summary(
     name: str,
-    rounds: Sequence[Sequence[float]],
+    timing: _Timing,
     first: Sequence[Sequence[float]],
     operators: tuple[OperatorTime, ...],
+    cpu_share: float | None,
 ) -> ModelLatency:
-    medians = [statistics.median(samples) for samples in rounds]
+    medians = [statistics.median(samples) for samples in timing.rounds]
     ratios = [statistics.median(base) / own for base, own in zip(first, medians, strict=True)]
-    every = [sample for samples in rounds for sample in samples]
+    every = [sample for samples in timing.rounds for sample in samples]
     return ModelLatency(
         name=name,
         median=statistics.median(medians),
@@ -318,6 +345,7 @@ def _summary(
         speedup=statistics.median(ratios),
         speedup_spread=relative_spread(ratios),
         runs=len(every),
+        cpu_share=cpu_share,
         operators=operators,
     )
 
@@ -330,8 +358,13 @@ def relative_spread(values: Sequence[float]) -> float:
 
 def _warnings(models: Sequence[ModelLatency]) -> Iterator[str]:
     for item in models:
-        if not item.is_reliable:
-            spread = 100 * max(item.spread, item.speedup_spread)
+        spread = 100 * max(item.spread, item.speedup_spread)
+        if item.was_disturbed:
+            yield (
+                f"{item.name}: got {100 * (item.cpu_share or 0):.0f} % of a processor, others "
+                "were using it: times are too long, measure on a quieter machine"
+            )
+        elif not item.is_reliable:
             yield (
                 f"{item.name}: spread {spread:.0f} % is above {100 * LARGEST_SPREAD:.0f} %, "
                 "measure on a quieter machine or for longer (--seconds)"

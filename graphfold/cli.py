@@ -24,7 +24,7 @@ from graphfold.terminal import (
     INTERRUPTED,
     STDIO,
     Terminal,
-    raise_on_signals,
+    interruptible,
     read_stdin,
     reserved_stdout,
 )
@@ -488,10 +488,10 @@ def _terminal(as_json: bool, quiet: bool, *, tables_to_stderr: bool = False) -> 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; never raises but for SystemExit."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    raise_on_signals()
     try:
-        code = app(args=argv, prog_name="graphfold", standalone_mode=False)
-        sys.stdout.flush()
+        with interruptible():
+            code = app(args=argv, prog_name="graphfold", standalone_mode=False)
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("graphfold: interrupted", file=sys.stderr)
         return INTERRUPTED

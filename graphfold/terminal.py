@@ -9,6 +9,7 @@ import signal
 import stat
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -155,17 +156,30 @@ class Terminal:
         self._end_progress()
 
 
-def raise_on_signals() -> None:
-    """Let SIGTERM interrupt like SIGINT; a second signal ends the process at once."""
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM interrupt like SIGINT; a second signal ends the process at once.
+
+    Signals that the parent had ignored (`nohup`, background jobs) stay ignored; outside the main
+    thread nothing changes.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         del number, frame
-        for name in ("SIGINT", "SIGTERM"):
-            signal.signal(getattr(signal, name), _leave)
+        for item in previous:
+            signal.signal(item, _leave)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    previous: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for item in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(item) is not signal.SIG_IGN:
+                previous[item] = signal.signal(item, interrupt)
+    try:
+        yield
+    finally:
+        for item, handler in previous.items():
+            signal.signal(item, handler)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
