@@ -603,6 +603,21 @@ def test_a_small_real_disk_runs_full(tmp_path: Path) -> None:
         subprocess.run(["umount", str(mount)], check=True)
 
 
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_any_file_can_be_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed: bool
+) -> None:
+    if not unnamed:
+        monkeypatch.delattr(os, "O_TMPFILE")
+    path = tmp_path / "report.html"
+    with files.atomic_file(path) as file:
+        file.write(b"first")
+    with pytest.raises(KeyboardInterrupt), files.atomic_file(path) as file:
+        file.write(b"second")
+        raise KeyboardInterrupt
+    assert [item.read_bytes() for item in tmp_path.iterdir()] == [b"first"]
+
+
 def test_a_symbolic_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     real = tmp_path / "real" / "m.onnx"
