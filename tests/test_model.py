@@ -612,9 +612,14 @@ def test_any_file_can_be_written_whole_or_not_at_all(
     path = tmp_path / "report.html"
     with files.atomic_file(path) as file:
         file.write(b"first")
-    with pytest.raises(KeyboardInterrupt), files.atomic_file(path) as file:
-        file.write(b"second")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with files.atomic_file(path) as file:
+            file.write(b"second")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert [item.read_bytes() for item in tmp_path.iterdir()] == [b"first"]
 
 
