@@ -81,10 +81,14 @@ def _expand_keep_blocks(graph: Graph, sites: Sites, plan: Plan, states: Sequence
         states = states[1:-1]
     boundary: Boundary = plan.boundary or "exact"
     segments = []
+    added: list[AddedActivation] = []
     for block, state in zip(blocks, states, strict=True):
         if state:
             continue
-        if block.expand is None:
+        if plan.merge == "cheaper":
+            loose += [site.name for site in block.activations]
+            added += _free_activation(sites, block, plan.activation)
+        elif block.expand is None:
             # Without expansion a merge would cost more than it saves; the paper's t=1 blocks
             # stay two convolutions.
             loose += [site.name for site in block.activations]
@@ -92,7 +96,15 @@ def _expand_keep_blocks(graph: Graph, sites: Sites, plan: Plan, states: Sequence
             has_one = sites.activation_after(block.output) is not None
             activation = None if has_one else plan.activation
             segments.append(_block_segment(block, boundary, activation))
-    return _written_out(plan, segments, loose)
+    return _written_out(plan, segments, loose, added=added)
+
+
+def _free_activation(
+    sites: Sites, block: InvertedResidual, activation: Activation | None
+) -> Iterable[AddedActivation]:
+    if activation is None or block.expand is None or sites.activation_after(block.output):
+        return ()
+    return (AddedActivation(tensor=block.output.name or "", activation=activation),)
 
 
 def _block_segment(

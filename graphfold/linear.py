@@ -416,6 +416,30 @@ def region_affine(graph: Graph, region: Region) -> AffineConv:
     return affine
 
 
+def region_macs(graph: Graph, region: Region, sizes: Sequence[int]) -> int:
+    """Multiply-accumulates per image of a region's convolutions, for spatial sizes of its entry.
+
+    Raises:
+        NotExactError: the region is not linear.
+    """
+    rank, channels = entry_rank_and_channels(graph, region)
+    known = {region.entry: (channels, tuple(sizes))}
+    total = 0
+    for node in region.nodes:
+        sources = variable_inputs(graph, node)
+        if is_join(graph, node):
+            joined = sum(known[source][0] for source in sources)
+            width = joined if is_op(node, "Concat") else known[sources[0]][0]
+            known[node.outputs[0]] = (width, known[sources[0]][1])
+            continue
+        before = known[sources[0]]
+        geometry = linear_operator(node, Context(graph, rank, *before)).geometry
+        if is_op(node, "Conv"):
+            total += geometry.macs(before[1])
+        known[node.outputs[0]] = (geometry.out_channels, geometry.output_sizes(before[1]))
+    return total
+
+
 def _walk(
     graph: Graph,
     region: Region,

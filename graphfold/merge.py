@@ -16,7 +16,14 @@ from graphfold.affine import Geometry
 from graphfold.emit import Emitter, choose_repair, emit_affine, without_cropping
 from graphfold.errors import NotExactError
 from graphfold.graph import is_op
-from graphfold.linear import FLOAT_TYPES, Region, find_region, region_affine, region_geometry
+from graphfold.linear import (
+    FLOAT_TYPES,
+    Region,
+    find_region,
+    region_affine,
+    region_geometry,
+    region_macs,
+)
 from graphfold.rewrite import Fold, SegmentNames, Work, provenance, replaced_labels
 
 
@@ -83,6 +90,7 @@ def merge_region(work: Work, candidate: MergeCandidate, pass_name: str) -> Fold:
     geometry = merged_geometry(work, region)
     sizes = graph.sizes(region.entry)
     repair = choose_repair(geometry, sizes, work.repair)
+    macs = _macs(work, region, geometry, sizes)
     affine = region_affine(graph, region)
     if affine.border is None:
         repair = None
@@ -112,7 +120,17 @@ def merge_region(work: Work, candidate: MergeCandidate, pass_name: str) -> Fold:
         reach=reach(final.geometry),
         pass_name=pass_name,
         segment=segment.path if segment else None,
+        macs=macs,
     )
+
+
+def _macs(
+    work: Work, region: Region, geometry: Geometry, sizes: tuple[int | None, ...] | None
+) -> tuple[int, int] | None:
+    known = [size for size in sizes or () if size is not None]
+    if len(known) < geometry.rank:
+        return None
+    return region_macs(work.graph, region, known), geometry.macs(known)
 
 
 def _numpy(dtype: ir.DataType) -> np.dtype[np.generic]:

@@ -245,8 +245,20 @@ def _report(
         plan_digest=None if parsed is None else parsed.digest,
         version=__version__,
         input_shapes=input_shapes,
-        warnings=reference.warnings,
+        warnings=(*reference.warnings, *_costlier_segments(statistics)),
     )
+
+
+def _costlier_segments(statistics: Sequence[PassStatistics]) -> Iterator[str]:
+    """Warnings for segments that the plan merges although that costs more."""
+    for fold in (fold for each in statistics for fold in each.folds):
+        if fold.segment is None or fold.macs is None or fold.macs[1] <= fold.macs[0]:
+            continue
+        before, after = (f"{count / 1e6:.1f} M" for count in fold.macs)
+        yield (
+            f"{fold.segment} costs more merged, {after} MACs instead of {before}: name its "
+            "activations under remove_activations instead and it is merged only where that pays"
+        )
 
 
 def load_any(source: Any) -> Model:

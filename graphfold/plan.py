@@ -130,6 +130,11 @@ class Plan(_Strict):
     activation: Activation | None = Field(
         default=None, description="of the short forms: the free activation after each segment"
     )
+    merge: Literal["always", "cheaper"] | None = Field(
+        default=None,
+        description="of keep_blocks: cheaper removes the same activations, and merges a block "
+        "only where that lowers the cost (boundary: exact). Default always, as in the paper",
+    )
     quantize: Quantize | None = None
     objective: dict[str, Any] | None = Field(
         default=None, description="what the plan was made for; informative"
@@ -276,6 +281,10 @@ def _contradictions(plan: Plan) -> Iterable[Problem]:
         yield Problem("keep_blocks", "contradicts act_ind: a plan has one short form")
     if short and plan.segments:
         yield Problem("segments", "a short form states all segments itself", "remove one of them")
+    if plan.merge == "cheaper" and plan.boundary == "hoist":
+        yield Problem("merge", "cheaper needs boundary exact: padding of unmerged blocks stays")
+    if plan.merge is not None and plan.keep_blocks is None:
+        yield Problem("merge", "belongs to keep_blocks")
     for key in ("boundary", "activation"):
         if getattr(plan, key) is not None and not short:
             yield Problem(key, "belongs to the short forms; each segment states its own")

@@ -45,6 +45,8 @@ class Fold:
         reach: rows at the begin and end of each axis, in output pixels, that padding touches.
         pass_name: the rewrite that did it.
         segment: JSON path of the plan's segment, None for a loose run.
+        macs: multiply-accumulates per image of the convolutions before and after; None where
+            sizes are not fixed.
     """
 
     output: str
@@ -57,6 +59,7 @@ class Fold:
     reach: tuple[tuple[int, int], ...]
     pass_name: str
     segment: str | None = None
+    macs: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
