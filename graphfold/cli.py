@@ -323,12 +323,12 @@ def _verify(
     del debug
     _at_most_one_stdin([a, b])
     with _terminal(as_json, quiet) as terminal:
-        import graphfold
         from graphfold.model import load
         from graphfold.report import verification_table
+        from graphfold.verifier import verify
 
         first, second = load(_source(a)), load(_source(b))
-        found = graphfold.verify(
+        found = verify(
             first,
             second,
             inputs=_inputs(data, first),
@@ -477,16 +477,23 @@ def _inputs(data: str | None, model: Model) -> Iterator[dict[str, NDArray[Any]]]
 
 @contextlib.contextmanager
 def _terminal(as_json: bool, quiet: bool, *, tables_to_stderr: bool = False) -> Iterator[Terminal]:
-    with reserved_stdout() as stdout:
-        terminal = Terminal(stdout, as_json=as_json, quiet=quiet, tables_to_stderr=tables_to_stderr)
-        try:
-            yield terminal
-        finally:
-            terminal.close()
+    try:
+        with reserved_stdout() as stdout:
+            terminal = Terminal(
+                stdout, as_json=as_json, quiet=quiet, tables_to_stderr=tables_to_stderr
+            )
+            try:
+                yield terminal
+            finally:
+                terminal.close()
+    except BrokenPipeError:
+        # Whoever read the tables has seen enough; nothing may be flushed to it any more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise typer.Exit from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; never raises but for SystemExit."""
+    """Run the command line and return its exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with interruptible():
@@ -495,10 +502,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("graphfold: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the tables has seen enough; nothing may be flushed to it any more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
     except Exception as error:  # noqa: BLE001 - the border: every error becomes an exit code
         return _fail(error, argv)
     return code if isinstance(code, int) else 0

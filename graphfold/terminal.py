@@ -48,7 +48,9 @@ def reserved_stdout() -> Iterator[BinaryIO]:
             os.dup2(2, 1)
         stream = os.fdopen(os.dup(saved), "wb")
         try:
-            yield stream
+            # Where sys.stdout is not file descriptor 1 (notebooks, test runners).
+            with contextlib.redirect_stdout(sys.stderr):
+                yield stream
         finally:
             with _writing():
                 stream.close()

@@ -22,7 +22,7 @@ from graphfold.comparison import (
 from graphfold.errors import DataError, UsageError
 from graphfold.model import load
 from graphfold.rewrite import Fold
-from graphfold.verify import verify
+from graphfold.verifier import verify
 
 
 def fold(output: str, *, reach=((1, 1), (1, 1)), segment=None, pass_name="merge_convs") -> Fold:
