@@ -66,22 +66,54 @@ class Axis:
             end=self.end + second.end * self.stride,
         )
 
+    def reads(self, position: int, outputs: int | None = None) -> bool:
+        """Whether one of the first `outputs` windows, or of any number, has a tap there."""
+        starts = (position + self.begin - tap * self.dilation for tap in range(self.kernel))
+        return any(
+            start >= 0
+            and start % self.stride == 0
+            and (outputs is None or start // self.stride < outputs)
+            for start in starts
+        )
+
+    def padding_read(self, size: int | None) -> list[int]:
+        """Positions outside an input of `size` that some tap reads, from first to last.
+
+        Where the size is unknown only those before the input are listed.
+        """
+        if size is None:
+            return [at for at in range(-self.begin, 0) if self.reads(at)]
+        outputs = self.output_size(size)
+        outside = (*range(-self.begin, 0), *range(size, size + self.end))
+        return [at for at in outside if self.reads(at, outputs)]
+
+    def reads_padding(self, size: int | None) -> bool:
+        """Whether padding matters for an input of `size`: strides may never reach it."""
+        return bool(self.padding_read(size)) or (size is None and self.end > 0)
+
     def _check_padding(self, second: Axis, size: int | None) -> None:
         """Every window of `self` at a position that `second` pads must see padding alone."""
-        begin_is_exact = second.begin <= 0 or self.extent - 1 < self.begin + self.stride
-        if second.end <= 0:
-            end_is_exact = True
-        elif size is None:
-            end_is_exact = self.end + 1 >= self.extent
+        if size is None:
+            is_exact = second.end <= 0 or self.end + 1 >= self.extent
+            before = second.padding_read(None)
+            is_exact &= not before or self._tap_position(self.kernel - 1, before[-1]) < 0
         else:
-            end_is_exact = self.output_size(size) * self.stride - self.begin >= size
-        if not (begin_is_exact and end_is_exact):
+            is_exact = not any(
+                self._tap_position(tap, at) in range(size)
+                for at in second.padding_read(self.output_size(size))
+                for tap in range(self.kernel)
+            )
+        if not is_exact:
             raise NotExactError(
                 f"a window of {self.extent} (stride {self.stride}, padding {self.begin} and "
                 f"{self.end}) is followed by one of {second.extent} that pads {second.begin} "
                 f"and {second.end}: at the border no single convolution is equal",
                 boundary_that_works="hoist",
             )
+
+    def _tap_position(self, tap: int, output: int) -> int:
+        """The input position that a tap reads for an output, which need not exist."""
+        return output * self.stride - self.begin + tap * self.dilation
 
     def domain_tap(self, second: Axis, size: int | None = None) -> int | None:
         """The tap of `self` that is inside x's domain exactly where `second` reads no padding.
@@ -90,20 +122,33 @@ class Axis:
         None where there is no such tap.
         """
         for tap in range(self.kernel):
-            offset = tap * self.dilation - self.begin
-            if offset < 0 or (second.begin > 0 and offset >= self.stride):
-                continue
-            if self._tap_ends_with_domain(offset, second, size):
+            if size is None:
+                follows = self._follows_domain_of_any_size(tap, second)
+            else:
+                follows = self._follows_domain(tap, second, size)
+            if follows:
                 return tap
         return None
 
-    def _tap_ends_with_domain(self, offset: int, second: Axis, size: int | None) -> bool:
-        if size is None:
-            last = self.extent - 1 - self.end - self.begin
-            return offset == last if second.end > 0 else offset <= last
+    def _follows_domain_of_any_size(self, tap: int, second: Axis) -> bool:
+        offset = self._tap_position(tap, 0)
+        before = second.padding_read(None)
+        starts_with_domain = offset >= 0 and (not before or self._tap_position(tap, before[-1]) < 0)
+        # The last window ends from 0 to stride - 1 pixels before the padding does.
+        last = self.extent - 1 - self.end - self.begin
+        return starts_with_domain and (offset == last if second.end > 0 else offset <= last)
+
+    def _follows_domain(self, tap: int, second: Axis, size: int) -> bool:
         count = self.output_size(size)
-        inside = (count - 1) * self.stride + offset <= size - 1
-        return inside and (second.end <= 0 or count * self.stride + offset >= size)
+        outputs = second.output_size(count)
+        first = next((at for at in range(count) if second.reads(at, outputs)), 0)
+        last = next((at for at in reversed(range(count)) if second.reads(at, outputs)), 0)
+        domain = range(size)
+        return (
+            self._tap_position(tap, first) in domain
+            and self._tap_position(tap, last) in domain
+            and not any(self._tap_position(tap, at) in domain for at in second.padding_read(count))
+        )
 
 
 @dataclass(frozen=True)
@@ -167,7 +212,7 @@ class Geometry:
             one.then(two, size)
             for one, two, size in zip(self.axes, second.axes, known, strict=True)
         )
-        needs_border = (self.biased and second.padded) or second.bordered
+        needs_border = self.carries_bias_into(second, sizes) or second.bordered
         if needs_border:
             self.domain_taps(second, sizes)
         merged = Geometry(
@@ -179,6 +224,14 @@ class Geometry:
             bordered=self.bordered or needs_border,
         )
         return merged if merged.padded else replace(merged, bordered=False)
+
+    def carries_bias_into(self, second: Geometry, sizes: Sizes = None) -> bool:
+        """Whether `second` reads zeros in its padding where the bias of `self` would stand."""
+        known = _sizes_or_unknown(sizes, self.rank)
+        return self.biased and any(
+            two.reads_padding(None if size is None else one.output_size(size))
+            for one, two, size in zip(self.axes, second.axes, known, strict=True)
+        )
 
     def _check_channels(self, second: Geometry) -> None:
         if self.rank != second.rank:
@@ -313,7 +366,7 @@ class AffineConv:
         weight = _compose_weights(self, second, merged)
         bias = second.bias + _total(second, self.bias)
         border = self._compose_border(second, merged, sizes)
-        if border is not None and first.biased and after.padded:
+        if first.carries_bias_into(after, sizes):
             # The bias of `self` is in the border kernel now, not in the constant.
             bias = second.bias.copy()
         composed = AffineConv(weight, bias, merged.axes, merged.groups, border)
@@ -321,7 +374,7 @@ class AffineConv:
 
     def _compose_border(self, second: AffineConv, merged: Geometry, sizes: Sizes) -> Array | None:
         first, after = self.geometry, second.geometry
-        carries_bias = first.biased and after.padded
+        carries_bias = first.carries_bias_into(after, sizes)
         if self.border is None and not carries_bias and second.border is None:
             return None
         border = np.zeros((after.out_channels, *merged.kernel))
