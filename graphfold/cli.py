@@ -19,6 +19,15 @@ import typer
 
 from graphfold import __version__
 from graphfold.errors import GraphfoldError, ModelError, UsageError
+from graphfold.options import (
+    DataOption,
+    DebugOption,
+    JsonOption,
+    ModelArgument,
+    QuietOption,
+    ShapeOption,
+    ToleranceOption,
+)
 from graphfold.targets import Targets
 from graphfold.terminal import (
     INTERRUPTED,
@@ -51,49 +60,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="An ONNX file, or - for stdin.", show_default=False)
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print exactly one JSON document to stdout.")
-]
-QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No tables, no progress: errors and warnings only.")
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-ShapeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input-shape",
-        metavar="[NAME:]1,3,224,224",
-        help="Sizes of an input that the model leaves open. Repeatable; the name may be left "
-        "out with one input. Without it, unknown batches are tried as 2 and other unknown sizes "
-        "as 224, 64, 32: the first that the model runs.",
-        show_default=False,
-    ),
-]
-DataOption = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        metavar="D",
-        help="Inputs: an .npz keyed by input name, an .npy for the only input, or "
-        "package.module:callable that yields dicts of numpy arrays.",
-        show_default=False,
-    ),
-]
-ToleranceOption = Annotated[
-    float | None,
-    typer.Option(
-        "--tolerance",
-        metavar="T",
-        min=0.0,
-        help="Largest accepted error relative to max|y|. Default: 1e-4 for float32 outputs, 32 "
-        "unit roundoffs for float16 and bfloat16.",
-        show_default=False,
-    ),
-]
 
 
 def _print_version(wanted: bool) -> None:

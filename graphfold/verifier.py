@@ -209,6 +209,12 @@ class _Job:
         tensors = [fold.output for fold in self.folds]
         expected_off, expected_folds = self._outputs("reference", self.reference, False, tensors)
         actual_off, actual_folds = self._outputs("candidate", self.candidate, False, tensors)
+        missing = [name for name in expected_off if name not in actual_off]
+        if missing:
+            raise _SideError(
+                f"the candidate network has no output {missing[0]!r}; it has "
+                + ", ".join(repr(name) for name in actual_off)
+            )
         folds = tuple(self._fold_comparisons(expected_folds, actual_folds))
         del expected_folds, actual_folds
         expected_on, _ = self._outputs("reference", self.reference, True, ())

@@ -59,14 +59,15 @@ def assert_one_message(stderr: str) -> str:
 
 def test_help_answers_at_once():
     process("--help")
-    best = min(_seconds("--help") for _ in range(3))
-    assert best < 0.3
+    assert min(_processor_seconds("--help") for _ in range(3)) < 0.3
 
 
-def _seconds(*arguments: str) -> float:
-    begin = time.perf_counter()
+def _processor_seconds(*arguments: str) -> float:
+    """What a command takes where nothing else is running: wall time would count the others."""
+    before = os.times()
     assert process(*arguments).returncode == 0
-    return time.perf_counter() - begin
+    after = os.times()
+    return sum(after[2:4]) - sum(before[2:4])
 
 
 def test_nothing_heavy_is_imported_for_help():

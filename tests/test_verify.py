@@ -89,7 +89,9 @@ def test_a_missing_output_fails():
     other = load(model)
     del other.ir.graph.outputs[:]
     other.ir.graph.outputs.append(next(iter(other.ir.graph)).outputs[0])
-    assert verify(load(model), other).passed is False
+    found = verify(load(model), other)
+    assert found.passed is False
+    assert "no output 't1'; it has 't0'" in found.failure()
 
 
 def test_the_same_nan_on_both_sides_is_no_difference():
