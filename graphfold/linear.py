@@ -138,7 +138,8 @@ def _same_padding(axis: Axis, size: int | None, auto_pad: str, node: ir.Node) ->
 
 def _batch_normalization(node: ir.Node, context: Context) -> LinearOperator:
     # Before opset 14 the mere presence of further outputs selects training mode.
-    if attribute(node, "training_mode", 0) or any(output.name for output in node.outputs[1:]):
+    trains = attribute(node, "training_mode", 0) or any(output.name for output in node.outputs[1:])
+    if trains or _trains_by_default(node, context):
         raise NotExactError(f"{node_label(node)!r} normalises in training mode")
     if attribute(node, "spatial", 1) != 1:
         raise NotExactError(f"{node_label(node)!r} normalises per pixel (spatial=0)")
@@ -146,6 +147,11 @@ def _batch_normalization(node: ir.Node, context: Context) -> LinearOperator:
     gamma, beta, mean, variance = vectors
     scale = gamma / np.sqrt(variance + attribute(node, "epsilon", DEFAULT_EPSILON))
     return _per_channel(scale, beta - mean * scale, context)
+
+
+def _trains_by_default(node: ir.Node, context: Context) -> bool:
+    """Before opset 7 BatchNormalization and Dropout train unless `is_test` is set."""
+    return context.graph.opset < 7 and not attribute(node, "is_test", 0)
 
 
 def _add(node: ir.Node, context: Context) -> LinearOperator:
@@ -185,8 +191,10 @@ def _identity(node: ir.Node, context: Context) -> LinearOperator:
 
 
 def _dropout(node: ir.Node, context: Context) -> LinearOperator:
-    if any(output.uses() for output in node.outputs[1:]):
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
         raise NotExactError(f"the mask of {node_label(node)!r} is used")
+    if _trains_by_default(node, context):
+        raise NotExactError(f"{node_label(node)!r} may run in training mode")
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         training = context.graph.constant(node.inputs[2])
         if training is None or bool(np.any(training)):
@@ -297,7 +305,7 @@ def _join_geometries(
     node: ir.Node, parts: Sequence[Geometry], sizes: tuple[int | None, ...]
 ) -> Geometry:
     if is_op(node, "Concat"):
-        if attribute(node, "axis") != 1:
+        if attribute(node, "axis") not in (1, 1 - (parts[0].rank + 2)):
             raise NotExactError(f"Concat {node_label(node)!r} is not over channels")
         total = sum(part.out_channels for part in parts)
         parts = [_widened(part, total) for part in parts]
@@ -445,7 +453,7 @@ def _walk(
     region: Region,
     *,
     build: Callable[[LinearOperator], Any],
-    compose: Callable[[Any, Any, tuple[int | None, ...]], Any],
+    compose: Callable[[Any, Any, tuple[int | None, ...] | None], Any],
     join: Join,
     start: Callable[[int, int], Any],
 ) -> Any:
@@ -454,37 +462,59 @@ def _walk(
     sizes = graph.sizes(region.entry) or (None,) * rank
     if len(sizes) != rank:
         raise NotExactError(f"{region.entry.name!r} has {len(sizes)} spatial axes, not {rank}")
-    values: dict[ir.Value, Any] = {}
+    # A tensor is its last operator after what came before: normalisation folds into the operator
+    # first, which is far smaller than the composed kernel.
+    values: dict[ir.Value, tuple[Any, Any]] = {}
     known: dict[ir.Value, tuple[int, tuple[int | None, ...]]] = {region.entry: (channels, sizes)}
+
+    def whole(value: ir.Value) -> Any:
+        before, last = values.get(value, (None, None))
+        if last is None:
+            return start(channels, rank)
+        if before is not None:
+            values[value] = (None, compose(before, last, sizes))
+        return values[value][1]
+
     for node in region.nodes:
         output = node.outputs[0]
         sources = variable_inputs(graph, node)
         if is_join(graph, node):
-            parts = [
-                values[source] if source in values else start(channels, rank) for source in sources
-            ]
-            values[output] = join(node, parts, sizes)
+            joined = join(node, [whole(source) for source in sources], sizes)
+            values[output] = (None, joined)
+            known[output] = _known_after(joined, sizes)
+            continue
+        if len(sources) != 1:
+            raise NotExactError(f"{node.op_type} {node_label(node)!r} combines two tensors")
+        source = sources[0]
+        part = build(linear_operator(node, Context(graph, rank, *known[source])))
+        known[output] = _known_after(part, known[source][1])
+        if source not in values:
+            values[output] = (None, part)
+        elif _is_per_channel(part):
+            before, last = values[source]
+            values[output] = (before, compose(last, part, None))
         else:
-            if len(sources) != 1:
-                raise NotExactError(f"{node.op_type} {node_label(node)!r} combines two tensors")
-            source = sources[0]
-            context = Context(graph, rank, *known[source])
-            part = build(linear_operator(node, context))
-            values[output] = compose(values[source], part, sizes) if source in values else part
-        known[output] = _known_after(values[output], sizes)
-    return values[region.output]
+            values[output] = (whole(source), part)
+    return whole(region.output)
+
+
+def _is_per_channel(value: Geometry | AffineConv) -> bool:
+    geometry = value if isinstance(value, Geometry) else value.geometry
+    return geometry.groups == geometry.out_channels and all(
+        axis == Axis() for axis in geometry.axes
+    )
 
 
 def _known_after(
     value: Geometry | AffineConv, sizes: tuple[int | None, ...]
 ) -> tuple[int, tuple[int | None, ...]]:
-    geometry = value if isinstance(value, Geometry) else None
-    channels = geometry.out_channels if geometry else value.weight.shape[0]  # type: ignore[union-attr]
+    """Channels and sizes of what `value` makes of a tensor of these sizes."""
+    width = value.out_channels if isinstance(value, Geometry) else value.weight.shape[0]
     outputs = tuple(
         None if size is None else axis.output_size(size)
         for axis, size in zip(value.axes, sizes, strict=True)
     )
-    return channels, outputs
+    return width, outputs
 
 
 def entry_rank_and_channels(graph: Graph, region: Region) -> tuple[int, int]:
@@ -565,7 +595,10 @@ def _channel_constant(node: ir.Node, index: int, context: Context) -> NDArray[np
     rank, channels = context.rank + 2, context.channels
     if constant.ndim > rank:
         raise NotExactError(f"the constant of {node_label(node)!r} has more axes than its input")
-    aligned = constant.reshape((1,) * (rank - constant.ndim) + constant.shape)
+    # Before opset 7 an attribute says where the constant's first axis lies.
+    leading = attribute(node, "axis", rank - constant.ndim) % rank if constant.ndim else 0
+    trailing = max(0, rank - constant.ndim - leading)
+    aligned = constant.reshape((1,) * leading + constant.shape + (1,) * trailing)
     if aligned.shape[1] not in (1, channels) or aligned.size != aligned.shape[1]:
         raise NotExactError(
             f"the constant of {node_label(node)!r} has shape {list(constant.shape)}, which is "
