@@ -533,8 +533,11 @@ def _compose_weights(first: AffineConv, second: AffineConv, merged: Geometry) ->
         else:
             right = taps2.reshape(groups, inner, out // groups // inner, width2)
             product = _block_product(right, left)
+        product = product.reshape(out, merged_width, *kernel1)
+        if product.shape == weight.shape:
+            return product
         place = _placement(second.axes, first.axes, merged.axes, tap, stepped_by_first=True)
-        weight[(slice(None), *place)] += product.reshape(out, merged_width, *kernel1)
+        weight[(slice(None), *place)] += product
     return weight
 
 

@@ -77,6 +77,7 @@ class Graph:
         self.shapes = infer_shapes(model) if shapes is None else shapes
         self._names = _all_names(self.ir)
         self._constants: dict[ir.Value, NDArray[Any] | None] = {}
+        self._dtypes: dict[ir.Value, ir.DataType | None] = {}
         self._moved: dict[ir.Value, ir.Value] = {}
 
     @property
@@ -113,16 +114,29 @@ class Graph:
 
     def dtype(self, value: ir.Value) -> ir.DataType | None:
         """Element type of a tensor, from its type, its constant, or what made it."""
+        trail: list[ir.Value] = []
+        found = None
+        source: ir.Value | None = value
+        while source is not None and source not in self._dtypes:
+            trail.append(source)
+            found = self._own_dtype(source)
+            if found is not None:
+                break
+            producer = source.producer()
+            source = producer.inputs[0] if producer is not None and producer.inputs else None
+        if source is not None and source in self._dtypes:
+            found = self._dtypes[source]
+        self._dtypes.update(dict.fromkeys(trail, found))
+        return found
+
+    def _own_dtype(self, value: ir.Value) -> ir.DataType | None:
         if value.dtype is not None:
             return value.dtype
         if value.const_value is not None:
             return value.const_value.dtype
-        producer = value.producer()
-        if is_op(producer, "Constant"):
+        if is_op(value.producer(), "Constant"):
             constant = self.constant(value)
             return None if constant is None else ir.DataType.from_numpy(constant.dtype)
-        if producer is not None and producer.inputs and producer.inputs[0] is not None:
-            return self.dtype(producer.inputs[0])
         return None
 
     def is_overridable(self, value: ir.Value) -> bool:
