@@ -130,7 +130,7 @@ def verify(
         ModelError, DataError, UsageError: bad input.
     """
     from graphfold.optimizer import load_any
-    from graphfold.verify import verify as compare
+    from graphfold.verifier import verify as compare
 
     return compare(
         load_any(a),

@@ -183,7 +183,7 @@ def _verify(
     tolerance: float | None,
     progress: Progress | None,
 ) -> Verification:
-    from graphfold.verify import verify as compare
+    from graphfold.verifier import verify as compare
 
     differences = compare_interfaces(source, folded)
     if differences:
