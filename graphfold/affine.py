@@ -115,6 +115,24 @@ class Axis:
         """The input position that a tap reads for an output, which need not exist."""
         return output * self.stride - self.begin + tap * self.dilation
 
+    def without_cropping(self) -> tuple[Axis, int, int]:
+        """The same window with zero taps where it cropped, and their number before and after.
+
+        Whole steps of the dilation are added: what they reach too far is padding.
+        """
+        dilation = self.dilation if self.kernel > 1 else 1
+        before, after = max(0, -(self.begin // dilation)), max(0, -(self.end // dilation))
+        if not before and not after:
+            return self, 0, 0
+        grown = Axis(
+            kernel=self.kernel + before + after,
+            stride=self.stride,
+            dilation=dilation,
+            begin=self.begin + before * dilation,
+            end=self.end + after * dilation,
+        )
+        return grown, before, after
+
     def domain_tap(self, second: Axis, size: int | None = None) -> int | None:
         """The tap of `self` that is inside x's domain exactly where `second` reads no padding.
 
@@ -224,6 +242,10 @@ class Geometry:
             bordered=self.bordered or needs_border,
         )
         return merged if merged.padded else replace(merged, bordered=False)
+
+    def without_cropping(self) -> Geometry:
+        """The same map with zero taps in place of negative padding, as it must be emitted."""
+        return replace(self, axes=tuple(axis.without_cropping()[0] for axis in self.axes))
 
     def carries_bias_into(self, second: Geometry, sizes: Sizes = None) -> bool:
         """Whether `second` reads zeros in its padding where the bias of `self` would stand."""

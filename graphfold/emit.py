@@ -119,24 +119,14 @@ def emit_affine(
 
 def without_cropping(affine: AffineConv) -> AffineConv:
     """The same map with no negative padding: the window grows by zero taps instead."""
-    axes = tuple(_zero_tap(axis) for axis in affine.axes)
-    if all(axis == Axis(stride=axis.stride) for axis in axes) and not any(
-        axis.begin < 0 or axis.end < 0 for axis in affine.axes
-    ):
+    grown = [axis.without_cropping() for axis in affine.axes]
+    axes = tuple(axis for axis, _, _ in grown)
+    if axes == affine.axes:
         return affine
-    out, channels = affine.weight.shape[0], affine.weight.shape[1] * affine.groups
-    groups = affine.groups
-    nothing = AffineConv(
-        np.zeros((out, channels // groups, *[1] * len(axes))), np.zeros(out), axes, groups
-    )
-    return affine.plus(nothing)
-
-
-def _zero_tap(axis: Axis) -> Axis:
-    """A window of one tap far enough to the cropped side, giving outputs of the same size."""
-    slack = axis.begin + axis.end - axis.extent
-    begin = 0 if axis.begin < 0 else min(axis.begin, slack + 1)
-    return Axis(1, axis.stride, 1, begin, slack + 1 - begin)
+    taps = [(before, after) for _, before, after in grown]
+    border = None if affine.border is None else np.pad(affine.border, [(0, 0), *taps])
+    weight = np.pad(affine.weight, [(0, 0), (0, 0), *taps])
+    return AffineConv(weight, affine.bias, axes, affine.groups, border)
 
 
 def _conv(
