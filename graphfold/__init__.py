@@ -118,6 +118,8 @@ def verify(
     a: Any,
     b: Any,
     *,
+    plan: PlanSource | None = None,
+    allow_other_model: bool = False,
     inputs: Iterable[Mapping[str, NDArray[Any]]] | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     tolerance: float | None = None,
@@ -126,15 +128,27 @@ def verify(
 ) -> Verification:
     """Compare the outputs of two models; `a` is the one that is right.
 
-    Raises:
-        ModelError, DataError, UsageError: bad input.
-    """
-    from graphfold.optimizer import load_any
-    from graphfold.verifier import verify as compare
+    Args:
+        a: the original, in any form that `optimize` takes.
+        b: the model to check.
+        plan: compare `b` with what this plan means on `a`, instead of with `a` itself.
+        allow_other_model: accept a plan made for another file.
+        inputs: feeds by input name; random ones by default.
+        input_shapes: sizes of inputs that the models leave open.
+        tolerance: largest accepted error relative to max|y|.
+        seed: of random inputs.
+        progress: called with (stage, done, total).
 
-    return compare(
+    Raises:
+        ModelError, PlanError, DataError, UsageError: bad input.
+    """
+    from graphfold.optimizer import load_any, verify_models
+
+    return verify_models(
         load_any(a),
         load_any(b),
+        plan,
+        allow_other_model,
         inputs=inputs,
         input_shapes=input_shapes,
         tolerance=tolerance,

@@ -273,11 +273,26 @@ def _inspect(
     "verify",
     epilog="Exit code 1 when they differ by more than the tolerance.\n\n"
     "Examples:\n\ngraphfold verify model.onnx model.folded.onnx\n\n"
+    "graphfold verify model.onnx model.folded.onnx --plan plan.json\n\n"
     "graphfold verify a.onnx b.onnx --data images.npz --tolerance 1e-3 --json",
 )
 def _verify(
     a: Annotated[str, typer.Argument(metavar="A", help="The model that is right, or -.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The model to check, or -.")],
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            "--plan",
+            "-p",
+            metavar="P",
+            help="Compare B with what this plan means on A: the network that B was folded from.",
+            show_default=False,
+        ),
+    ] = None,
+    allow_other_model: Annotated[
+        bool,
+        typer.Option("--allow-other-model", help="Use a plan that was made for another file."),
+    ] = False,
     data: DataOption = None,
     input_shape: ShapeOption = None,
     tolerance: ToleranceOption = None,
@@ -289,14 +304,16 @@ def _verify(
     del debug
     _at_most_one_stdin([a, b])
     with _terminal(as_json, quiet) as terminal:
+        import graphfold
         from graphfold.model import load
-        from graphfold.report import verification_table
-        from graphfold.verifier import verify
+        from graphfold.report import fold_comparison_table, verification_table
 
         first, second = load(_source(a)), load(_source(b))
-        found = verify(
+        found = graphfold.verify(
             first,
             second,
+            plan=plan,
+            allow_other_model=allow_other_model,
             inputs=_inputs(data, first),
             input_shapes=_shapes(input_shape),
             tolerance=tolerance,
@@ -307,7 +324,8 @@ def _verify(
             terminal.warn(text)
         if found.passed is None:
             raise ModelError(f"cannot be compared: {found.reason}", where=a)
-        terminal.show(found.to_json, [verification_table(found)])
+        shown = [verification_table(found), fold_comparison_table(found)]
+        terminal.show(found.to_json, [table for table in shown if table.rows])
         if not found.passed:
             print(f"graphfold: error: {b}: {found.failure()}", file=sys.stderr)
             raise typer.Exit(FAILED)

@@ -24,7 +24,15 @@ from graphfold.linear import (
     region_geometry,
     region_macs,
 )
-from graphfold.rewrite import Fold, SegmentNames, Work, provenance, replaced_labels
+from graphfold.rewrite import (
+    FOLD_KEY,
+    Fold,
+    SegmentNames,
+    Work,
+    fold_record,
+    provenance,
+    replaced_labels,
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ def merge_region(work: Work, candidate: MergeCandidate, pass_name: str) -> Fold:
     if affine.border is None:
         repair = None
     boundary = segment.boundary if segment else "exact"
-    metadata = provenance(region.nodes, pass_name, boundary=boundary, repair=repair)
+    metadata = provenance(region.nodes, pass_name)
     output = region.output
     producer = output.producer()
     assert producer is not None
@@ -109,7 +117,7 @@ def merge_region(work: Work, candidate: MergeCandidate, pass_name: str) -> Fold:
     graph.remove_dead(region.nodes)
     work.barrier.update(_produced_between(region.entry, result))
     final = without_cropping(affine)
-    return Fold(
+    fold = Fold(
         output=result.name or "",
         replaces=replaced_labels(metadata),
         kernel=tuple(axis.kernel for axis in final.axes),
@@ -122,6 +130,8 @@ def merge_region(work: Work, candidate: MergeCandidate, pass_name: str) -> Fold:
         segment=segment.path if segment else None,
         macs=macs,
     )
+    made.metadata_props[FOLD_KEY] = fold_record(fold)
+    return fold
 
 
 def _macs(

@@ -24,6 +24,7 @@ from graphfold.rewrite import (
     Phase,
     Progress,
     Work,
+    recorded_folds,
     run_passes,
     select_passes,
 )
@@ -259,6 +260,23 @@ def _costlier_segments(statistics: Sequence[PassStatistics]) -> Iterator[str]:
             f"{fold.segment} costs more merged, {after} MACs instead of {before}: name its "
             "activations under remove_activations instead and it is merged only where that pays"
         )
+
+
+def verify_models(
+    a: Model, b: Model, plan: PlanSource | None, allow_other_model: bool, **options: Any
+) -> Verification:
+    """Compare B with A, or with the reference network of a plan on A; see `graphfold.verify`.
+
+    Where B's metadata tells of folds that mean the same tensors in both, these are compared too.
+    """
+    from graphfold.verifier import verify as compare
+
+    folds = recorded_folds(b.ir.graph)
+    if plan is None:
+        planned = f"{METADATA_PREFIX}plan" in b.ir.metadata_props
+        return compare(a, b, folds=() if planned else folds, **options)
+    reference = _located(plan, a, read_plan(plan), select_passes(), allow_other_model, None)
+    return compare(reference.model, b, folds=folds, original=a, **options)
 
 
 def load_any(source: Any) -> Model:

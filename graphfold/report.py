@@ -314,6 +314,23 @@ def skipped_table(skipped: Iterable[Skip]) -> Table:
     return make_table(f"Left as it is ({total})", columns, rows, text_columns=3)
 
 
+def fold_comparison_table(verification: Verification) -> Table:
+    """One row per fold whose tensor was compared, interior and border apart."""
+    rows = [
+        (
+            item.fold.output,
+            "ok" if item.passed else "FAILED",
+            tables.error(item.relative(item.interior_abs)),
+            tables.error(item.relative(item.border_abs)),
+        )
+        for item in verification.folds
+    ]
+    note = "Errors are relative to the tensor's own scale max|y|."
+    return make_table(
+        "Folds", ("tensor", "", "interior", "border"), rows, text_columns=2, note=note
+    )
+
+
 def verification_table(verification: Verification) -> Table:
     """One row per compared output."""
     rows = [

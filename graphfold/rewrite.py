@@ -9,7 +9,7 @@ import json
 import pkgutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -22,6 +22,8 @@ from graphfold.plan import Boundary, nearest
 from graphfold.resolve import ResolvedPlan
 
 METADATA_PREFIX = "graphfold."
+# The last node of a merge carries what it was under this key, for `graphfold verify`.
+FOLD_KEY = f"{METADATA_PREFIX}fold"
 Progress = Callable[[str, int, int], None]
 
 
@@ -240,8 +242,8 @@ def _run_to_fixed_point(each: Pass, work: Work) -> PassStatistics:
     return statistics
 
 
-def provenance(nodes: Iterable[ir.Node], pass_name: str, **details: str | None) -> dict[str, str]:
-    """Metadata of a produced node: the nodes it replaces, the pass, and details of the merge.
+def provenance(nodes: Iterable[ir.Node], pass_name: str) -> dict[str, str]:
+    """Metadata of a produced node: the nodes it replaces, and the pass.
 
     Where a replaced node was itself produced by a merge, what that one replaced is listed.
     """
@@ -249,16 +251,46 @@ def provenance(nodes: Iterable[ir.Node], pass_name: str, **details: str | None) 
     for node in nodes:
         earlier = node.metadata_props.get(f"{METADATA_PREFIX}replaces")
         replaced.update(dict.fromkeys(json.loads(earlier) if earlier else [node_label(node)]))
-    metadata = {
+    return {
         f"{METADATA_PREFIX}replaces": json.dumps(list(replaced)),
         f"{METADATA_PREFIX}pass": pass_name,
     }
-    for key, value in details.items():
-        if value is not None:
-            metadata[f"{METADATA_PREFIX}{key}"] = value
-    return metadata
 
 
-def replaced_labels(metadata: dict[str, str]) -> tuple[str, ...]:
+def replaced_labels(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """The labels that `provenance` wrote."""
     return tuple(json.loads(metadata[f"{METADATA_PREFIX}replaces"]))
+
+
+_RECORDED = ("kernel", "strides", "groups", "boundary", "repair", "reach", "segment", "macs")
+
+
+def fold_record(fold: Fold) -> str:
+    """A fold as the JSON that its last node carries under FOLD_KEY."""
+    return json.dumps({name: getattr(fold, name) for name in _RECORDED})
+
+
+def recorded_folds(graph: ir.Graph) -> list[Fold]:
+    """The folds that a folded network's metadata tells of, in execution order."""
+    folds = []
+    for node in graph:
+        record = node.metadata_props.get(FOLD_KEY)
+        if record is None or not node.outputs[0].name:
+            continue
+        found = json.loads(record)
+        folds.append(
+            Fold(
+                output=node.outputs[0].name,
+                replaces=replaced_labels(node.metadata_props),
+                kernel=tuple(found["kernel"]),
+                strides=tuple(found["strides"]),
+                groups=found["groups"],
+                boundary=found["boundary"],
+                repair=found["repair"],
+                reach=tuple((begin, end) for begin, end in found["reach"]),
+                pass_name=node.metadata_props[f"{METADATA_PREFIX}pass"],
+                segment=found["segment"],
+                macs=None if found["macs"] is None else tuple(found["macs"]),
+            )
+        )
+    return folds
