@@ -21,6 +21,8 @@ TensorShape = tuple[Dim, ...]
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
 _TRANSPARENT = frozenset({"Identity"})
+# From this IR version on, an initializer that is also a graph input is a default value.
+_OPTIONAL_INPUTS_IR_VERSION = 4
 
 
 def is_op(node: ir.Node | None, *op_types: str) -> bool:
@@ -142,7 +144,8 @@ class Graph:
     def is_overridable(self, value: ir.Value) -> bool:
         """An initializer that callers may replace at run time: also a graph input, IR >= 4."""
         ir_version = self.model.ir.ir_version or 0
-        return value.is_graph_input() and value.is_initializer() and ir_version >= 4
+        optional = ir_version >= _OPTIONAL_INPUTS_IR_VERSION
+        return optional and value.is_graph_input() and value.is_initializer()
 
     def constant(self, value: ir.Value | None) -> NDArray[Any] | None:
         """The tensor's value where it is fixed in the model, else None.
@@ -196,14 +199,30 @@ class Graph:
         return name
 
     def add_initializer(self, base: str, data: NDArray[Any]) -> ir.Value:
-        """Register `data` as a new initializer named after tensor `base`."""
+        """Register `data` as a new initializer named after tensor `base`.
+
+        Before IR version 4 every initializer had to be a graph input; a Constant node keeps the
+        interface as it is.
+        """
         name = self.fresh_name(base)
         tensor = ir.tensor(np.ascontiguousarray(data), name=name)
+        self.shapes[name] = tuple(int(size) for size in data.shape)
+        if (self.model.ir.ir_version or 0) < _OPTIONAL_INPUTS_IR_VERSION:
+            return self._add_constant_node(name, tensor)
         value = ir.Value(name=name, shape=ir.Shape(data.shape), const_value=tensor)
         value.type = ir.TensorType(tensor.dtype)
         self.ir.register_initializer(value)
-        self.shapes[name] = tuple(int(size) for size in data.shape)
         return value
+
+    def _add_constant_node(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)])
+        first = next(iter(self.ir), None)
+        if first is None:
+            self.ir.append(node)
+        else:
+            self.ir.insert_before(first, node)
+        node.outputs[0].name = name
+        return node.outputs[0]
 
     def rename(self, value: ir.Value, name: str) -> None:
         """Give a tensor another name and keep its shape known."""

@@ -26,9 +26,9 @@ class RemoveActivations(Pass):
     def find(self, work: Work) -> Iterable[ActivationSite]:
         """Sites of segments and loose sites that are still in the graph."""
         named = [site for segment in work.plan.segments for site in segment.activations]
-        return [
-            site for site in (*named, *work.plan.activations) if site.nodes[-1].graph is not None
-        ]
+        # A short form and a list beside it may name a site twice.
+        sites = dict.fromkeys((*named, *work.plan.activations))
+        return [site for site in sites if site.nodes[-1].graph is not None]
 
     def label(self, candidate: ActivationSite) -> str:
         """The site's output tensor."""

@@ -30,7 +30,8 @@ class RemoveConvs(Pass):
     def find(self, work: Work) -> Iterable[ConvSite]:
         """Sites of segments and loose sites that are still in the graph."""
         named = [site for segment in work.plan.segments for site in segment.convs]
-        return [site for site in (*named, *work.plan.convs) if site.conv.graph is not None]
+        sites = dict.fromkeys((*named, *work.plan.convs))
+        return [site for site in sites if site.conv.graph is not None]
 
     def label(self, candidate: ConvSite) -> str:
         """The Conv's output tensor."""
