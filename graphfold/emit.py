@@ -31,16 +31,34 @@ from graphfold.graph import Graph
 REPAIRS = ("map", "table", "ones", "channel")
 # Below this a full map is as small in the file as its table with index vectors.
 _SMALL_MAP_ELEMENTS = 4096
+# ConstantOfShape, which makes an image of ones, exists since then.
+_ONES_OPSET = 9
+# Before this version of the format every initializer must be an input of the graph as well.
+_FREE_INITIALIZERS_IR = 4
 
 
 def choose_repair(
-    geometry: Geometry, sizes: tuple[int | None, ...] | None, forced: str | None = None
+    geometry: Geometry,
+    sizes: tuple[int | None, ...] | None,
+    forced: str | None = None,
+    *,
+    opset: int,
 ) -> str | None:
     """The cheapest repair that is possible, or None where the border needs none.
 
     Raises:
-        NotExactError: a forced repair needs sizes that are not fixed.
+        NotExactError: a forced repair needs sizes that are not fixed, or the only possible one
+            needs a later opset.
     """
+    repair = _cheapest_repair(geometry, sizes, forced)
+    if repair in ("ones", "channel") and opset < _ONES_OPSET:
+        raise NotExactError(f"border repair {repair!r} needs opset {_ONES_OPSET} or later")
+    return repair
+
+
+def _cheapest_repair(
+    geometry: Geometry, sizes: tuple[int | None, ...] | None, forced: str | None
+) -> str | None:
     if not geometry.bordered:
         return None
     fixed = sizes is not None and all(size is not None for size in sizes)
@@ -92,6 +110,8 @@ class Emitter:
 
     def constant(self, data: NDArray[Any]) -> ir.Value:
         """Register a constant named after the merge."""
+        if (self.graph.model.ir.ir_version or 0) < _FREE_INITIALIZERS_IR:
+            return self.node("Constant", [], value=ir.tensor(np.ascontiguousarray(data)))
         return self.graph.add_initializer(self.base, data)
 
 
@@ -203,8 +223,6 @@ def _ones(
     like_batch: bool,
 ) -> ir.Value:
     """An image of ones [1 or N, 1, ...] of the source's spatial size, made at run time."""
-    if emitter.graph.opset < 9:
-        raise NotExactError("a border repair for sizes that are not fixed needs opset 9 or later")
     rank = len(affine.axes)
     shape = emitter.node("Shape", [source])
     spatial = emitter.node(

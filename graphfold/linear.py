@@ -32,6 +32,8 @@ FLOAT_TYPES = frozenset(
     {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 )
 DEFAULT_EPSILON = 1e-5
+# Operators that fold into the convolution before them where their constants are per channel.
+PER_CHANNEL = ("BatchNormalization", "Add", "Sub", "Mul", "Div")
 
 
 @dataclass(frozen=True)

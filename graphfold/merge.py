@@ -97,7 +97,7 @@ def merge_region(work: Work, candidate: MergeCandidate, pass_name: str) -> Fold:
     graph, region, segment = work.graph, candidate.region, candidate.segment
     geometry = merged_geometry(work, region)
     sizes = graph.sizes(region.entry)
-    repair = choose_repair(geometry, sizes, work.repair)
+    repair = choose_repair(geometry, sizes, work.repair, opset=graph.opset)
     macs = _macs(work, region, geometry, sizes)
     affine = region_affine(graph, region)
     if affine.border is None:
@@ -115,7 +115,8 @@ def merge_region(work: Work, candidate: MergeCandidate, pass_name: str) -> Fold:
     assert made is not None
     graph.take_over(output, result)
     graph.remove_dead(region.nodes)
-    work.barrier.update(_produced_between(region.entry, result))
+    if segment is not None:
+        work.barrier.update(_produced_between(region.entry, result))
     final = without_cropping(affine)
     fold = Fold(
         output=result.name or "",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -19,11 +20,13 @@ from graphfold.errors import NotExactError
 from graphfold.graph import is_op, node_label, only_consumer
 from graphfold.linear import (
     FLOAT_TYPES,
+    PER_CHANNEL,
     Context,
     LinearOperator,
     Region,
     linear_operator,
     variable_inputs,
+    zero_padding,
 )
 from graphfold.rewrite import Work
 
@@ -118,18 +121,26 @@ def chains(work: Work) -> Iterator[Chain]:
     for node in work.graph.nodes():
         if node in taken or node in work.barrier or not is_op(node, "Conv"):
             continue
-        chain = _chain_from(work, _with_pad_before(node))
+        chain = _chain_from(work, _with_pad_before(work, node))
         if chain is not None:
             taken.update(link.node for link in chain.links)
             yield chain
 
 
-def _with_pad_before(conv: ir.Node) -> ir.Node:
+def _with_pad_before(work: Work, conv: ir.Node) -> ir.Node:
+    """The zero padding that only this convolution reads, where it has one; else itself."""
     source = conv.inputs[0]
-    producer = source.producer() if source is not None else None
-    if producer is not None and is_op(producer, "Pad") and only_consumer(producer.outputs[0]):
-        return producer
-    return conv
+    pad = source.producer() if source is not None else None
+    weight = work.graph.shape(conv.inputs[1])
+    if pad is None or source is None or weight is None or pad in work.barrier:
+        return conv
+    if not is_op(pad, "Pad") or only_consumer(source) is not conv:
+        return conv
+    try:
+        zero_padding(pad, work.graph, len(weight))
+    except NotExactError:
+        return conv
+    return pad
 
 
 def _chain_from(work: Work, first: ir.Node) -> Chain | None:
@@ -149,7 +160,8 @@ def _chain_from(work: Work, first: ir.Node) -> Chain | None:
     nominal = tuple(NOMINAL_SIZE if size is None else size for size in sizes)
     links: list[Link] = []
     node: ir.Node | None = first
-    while node is not None and node not in work.barrier:
+    # A reader may sit in a branch of an If: what is outside must stay outside.
+    while node is not None and node not in work.barrier and node.graph is graph.ir:
         sources = variable_inputs(graph, node)
         if len(sources) != 1 or len(sizes) != rank:
             break
@@ -157,7 +169,7 @@ def _chain_from(work: Work, first: ir.Node) -> Chain | None:
             operator = linear_operator(node, Context(graph, rank, channels, sizes))
         except NotExactError:
             break
-        folds = bool(links) and links[-1].is_conv_or_folded and is_op(node, "BatchNormalization")
+        folds = bool(links) and links[-1].is_conv_or_folded and is_op(node, *PER_CHANNEL)
         links.append(Link(node, operator, sizes, nominal, folds))
         geometry = operator.geometry
         channels = geometry.out_channels
@@ -214,14 +226,20 @@ def _piece_costs(work: Work, links: Sequence[Link], start: int) -> Iterator[tupl
             return
         convs += link.is_conv
         if convs > 1:
-            yield end, merged_cost(work, merged, first.sizes, first.nominal)
+            with suppress(NotExactError):
+                yield end, merged_cost(work, merged, first.sizes, first.nominal)
 
 
 def merged_cost(
     work: Work, geometry: Geometry, sizes: tuple[int | None, ...], nominal: tuple[int, ...]
 ) -> RunCost:
-    """Cost of one convolution with its border repair."""
-    repair = choose_repair(geometry, sizes, work.repair)
+    """Cost of one convolution with its border repair.
+
+    Raises:
+        NotExactError: no repair of its border is possible.
+    """
+    repair = choose_repair(geometry, sizes, work.repair, opset=work.graph.opset)
+    geometry = geometry.without_cropping()
     macs, params = repair_cost(geometry, nominal, repair)
     return RunCost(
         geometry.macs(nominal) + macs, geometry.params + params, 1 if repair is None else 2
@@ -229,7 +247,10 @@ def merged_cost(
 
 
 def why_separate(work: Work, chain: Chain, first: int, second: int) -> str:
-    """Why the operators first..second of a chain stay apart: not equal, or not cheaper."""
+    """Why the operators first..second stay apart where the best split merges nothing.
+
+    Not equal, or not cheaper: were the pair cheaper merged, so would be the whole split.
+    """
     links = chain.links
     merged = links[first].operator.geometry
     present = links[first].cost()
@@ -239,7 +260,10 @@ def why_separate(work: Work, chain: Chain, first: int, second: int) -> str:
         except NotExactError as error:
             return f"{error.what} ({node_label(link.node)})"
         present = present + link.cost()
-    cost = merged_cost(work, merged, links[first].sizes, links[first].nominal)
+    try:
+        cost = merged_cost(work, merged, links[first].sizes, links[first].nominal)
+    except NotExactError as error:
+        return error.what
     return f"merging raises cost: {growth(present, cost)}"
 
 

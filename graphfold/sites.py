@@ -26,6 +26,7 @@ from graphfold.graph import (
     topological_between,
 )
 from graphfold.linear import (
+    PER_CHANNEL,
     Context,
     conv_axes,
     linear_operator,
@@ -452,7 +453,7 @@ def _extend_with_constants(
         follower = only_consumer(output)
         if follower is None or follower in owned:
             return output
-        if not is_op(follower, "BatchNormalization", "Add", "Sub", "Mul", "Div"):
+        if not is_op(follower, *PER_CHANNEL):
             return output
         if len(variable_inputs(graph, follower)) != 1:
             return output

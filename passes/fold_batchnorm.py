@@ -17,8 +17,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphfold.errors import NotExactError
-from graphfold.graph import consumers, is_op, node_label
-from graphfold.linear import Region
+from graphfold.graph import Graph, consumers, is_op, node_label
+from graphfold.linear import PER_CHANNEL, Region, variable_inputs
 from graphfold.merge import MergeCandidate, current_region, merge_region, merged_geometry
 from graphfold.rewrite import Fold, Pass, Phase, Work
 
@@ -32,12 +32,15 @@ class FoldBatchnorm(Pass):
     order: ClassVar[int] = 2
 
     def find(self, work: Work) -> Iterable[Region]:
-        """Every BatchNormalization that reads a convolution's result."""
+        """Every BatchNormalization or constant per channel that reads a convolution's result."""
         found = []
         for node in work.graph.nodes():
-            conv = _conv_before(node)
-            if conv is not None and conv.inputs[0] is not None:
-                found.append(Region(conv.inputs[0], node.outputs[0], (conv, node)))
+            conv = _conv_before(work.graph, node)
+            if conv is None or conv.inputs[0] is None:
+                continue
+            region = Region(conv.inputs[0], node.outputs[0], (conv, node))
+            if is_op(node, "BatchNormalization") or _is_linear(work, region):
+                found.append(region)
         return found
 
     def label(self, candidate: Region) -> str:
@@ -65,8 +68,20 @@ class FoldBatchnorm(Pass):
         return merge_region(work, MergeCandidate(region), self.name)
 
 
-def _conv_before(node: ir.Node) -> ir.Node | None:
-    if not is_op(node, "BatchNormalization") or node.inputs[0] is None:
+def _conv_before(graph: Graph, node: ir.Node) -> ir.Node | None:
+    if not is_op(node, *PER_CHANNEL):
         return None
-    producer = node.inputs[0].producer()
+    sources = variable_inputs(graph, node)
+    if not sources or (len(sources) > 1 and not is_op(node, "BatchNormalization")):
+        return None
+    producer = sources[0].producer()
     return producer if is_op(producer, "Conv") else None
+
+
+def _is_linear(work: Work, region: Region) -> bool:
+    """Other arithmetic with constants (a map, a row) is nobody's candidate."""
+    try:
+        merged_geometry(work, region)
+    except NotExactError:
+        return False
+    return True

@@ -12,13 +12,14 @@ border; and, for loose runs, merges that raise cost.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
+from graphfold.graph import is_op, only_consumer
 from graphfold.merge import MergeCandidate, current_region, has_join, merge_region, segment_regions
-from graphfold.rewrite import Fold, Pass, Phase, Work
+from graphfold.rewrite import METADATA_PREFIX, Fold, Pass, Phase, Work
 from graphfold.runs import Chain, best_split, chains, why_separate
 
 
@@ -49,7 +50,7 @@ class MergeConvs(Pass):
         for chain in chains(work):
             if chain.convs > 1:
                 found += _loose(work, chain)
-        return found
+        return found + list(_behind_repairs(work))
 
     def label(self, candidate: MergeCandidate | _Refused) -> str:
         """The output tensor of the merge."""
@@ -70,12 +71,26 @@ class MergeConvs(Pass):
 
 
 def _loose(work: Work, chain: Chain) -> Iterable[MergeCandidate | _Refused]:
+    """The pieces of the best split; where there are none left, why the convolutions stay apart."""
     pieces = best_split(work, chain).pieces
-    covered = {position for start, end in pieces for position in range(start, end - 1)}
-    convs = [position for position, link in enumerate(chain.links) if link.is_conv]
     for start, end in pieces:
         yield MergeCandidate(chain.region(start, end))
+    if pieces:
+        return
+    convs = [position for position, link in enumerate(chain.links) if link.is_conv]
     for first, second in pairwise(convs):
-        if first not in covered or second not in {*covered, *(end - 1 for _, end in pieces)}:
-            name = chain.links[second].node.outputs[0].name or ""
-            yield _Refused(name, why_separate(work, chain, first, second))
+        name = chain.links[second].node.outputs[0].name or ""
+        yield _Refused(name, why_separate(work, chain, first, second))
+
+
+def _behind_repairs(work: Work) -> Iterator[_Refused]:
+    """Convolutions that read a merge whose repaired border ends the run."""
+    for node in work.graph.nodes():
+        source = node.inputs[0] if is_op(node, "Conv") else None
+        repair = None if source is None else source.producer()
+        if source is None or repair is None or only_consumer(source) is not node:
+            continue
+        made_by_pass = f"{METADATA_PREFIX}pass" in repair.metadata_props
+        if made_by_pass and is_op(repair, "Add") and not {node, repair} & work.barrier:
+            reason = f"the merge into {source.name!r} ends in the repair of its border"
+            yield _Refused(node.outputs[0].name or "", reason)

@@ -55,7 +55,8 @@ class MergeResidual(Pass):
             region = _region_of_sum(work, node, order, owned)
             if region is not None:
                 found.append(MergeCandidate(region))
-        return found
+        # A sum around others first: what it merges, they need not.
+        return found[::-1]
 
     def label(self, candidate: MergeCandidate) -> str:
         """The output tensor of the merge."""
@@ -65,16 +66,16 @@ class MergeResidual(Pass):
         """Refuse loose sums that no convolution equals, or that would cost more merged."""
         if candidate.segment is not None:
             return None
-        if candidate.region.nodes[-1].graph is None:
+        if any(node.graph is None for node in candidate.region.nodes):
             return "it was merged with a sum around it"
         region = current_region(work, candidate.region)
         try:
             geometry = merged_geometry(work, region)
+            sizes = work.graph.sizes(region.entry) or (None,) * geometry.rank
+            nominal = tuple(NOMINAL_SIZE if size is None else size for size in sizes)
+            merged = merged_cost(work, geometry, sizes, nominal)
         except NotExactError as error:
             return error.what
-        sizes = work.graph.sizes(region.entry) or (None,) * geometry.rank
-        nominal = tuple(NOMINAL_SIZE if size is None else size for size in sizes)
-        merged = merged_cost(work, geometry, sizes, nominal)
         present = _present_cost(work, region)
         if merged > present and not work.allow_growth:
             return f"merging raises cost: {growth(present, merged)}"
