@@ -19,8 +19,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphfold.errors import NotExactError
-from graphfold.graph import Graph, is_op, node_label
-from graphfold.linear import conv_axes, find_region, zero_padding
+from graphfold.graph import is_op, node_label
+from graphfold.linear import conv_axes, entry_rank_and_channels, find_region, zero_padding
 from graphfold.resolve import ResolvedSegment
 from graphfold.rewrite import Pass, Phase, Work
 
@@ -42,7 +42,7 @@ class HoistPadding(Pass):
         for segment in work.plan.segments:
             if segment.spec.boundary != "hoist" or segment.input is segment.output:
                 continue
-            hoist = _Hoist(work.graph, segment, order)
+            hoist = _Hoist(work, segment, order)
             if hoist.plan() is not None or hoist.changes():
                 found.append(segment)
         return found
@@ -54,12 +54,12 @@ class HoistPadding(Pass):
     def check(self, work: Work, candidate: ResolvedSegment) -> str | None:
         """Refuse segments that are not single-entry, or whose padding is not a known zero."""
         order = {node: index for index, node in enumerate(work.graph.ir)}
-        return _Hoist(work.graph, candidate, order).plan()
+        return _Hoist(work, candidate, order).plan()
 
     def rewrite(self, work: Work, candidate: ResolvedSegment) -> None:
         """Apply the margins."""
         order = {node: index for index, node in enumerate(work.graph.ir)}
-        hoist = _Hoist(work.graph, candidate, order)
+        hoist = _Hoist(work, candidate, order)
         hoist.plan()
         hoist.apply()
 
@@ -67,8 +67,9 @@ class HoistPadding(Pass):
 class _Hoist:
     """Margins of one segment: computed by `plan`, written into the graph by `apply`."""
 
-    def __init__(self, graph: Graph, segment: ResolvedSegment, order: dict[ir.Node, int]) -> None:
-        self.graph = graph
+    def __init__(self, work: Work, segment: ResolvedSegment, order: dict[ir.Node, int]) -> None:
+        self.work = work
+        self.graph = work.graph
         self.entry = segment.input
         self.output = segment.output
         self.order = order
@@ -77,12 +78,14 @@ class _Hoist:
         self.edges: dict[tuple[ir.Node, int], Margin] = {}
         self.margins: dict[ir.Value, Margin] = {}
         self.nodes: tuple[ir.Node, ...] = ()
+        self.rank = 0
 
     def plan(self) -> str | None:
         """Compute all margins; returns why that is not possible, or None."""
         try:
             region = find_region(self.graph, self.entry, self.output, self.order)
             self.nodes = region.nodes
+            self.rank, _ = entry_rank_and_channels(self.graph, region)
             for node in reversed(region.nodes):
                 self._visit(node)
         except NotExactError as error:
@@ -91,19 +94,16 @@ class _Hoist:
 
     def changes(self) -> bool:
         """Whether applying the margins changes anything."""
-        moved = any(self.pads[node] != self.present[node] for node in self.pads)
-        return moved or any(self._deficits())
+        inserted = any(not is_op(node, "Pad") for node, _ in self._deficits())
+        return inserted or any(self._amounts(node) != self.present[node] for node in self.pads)
 
-    def _rank(self) -> int:
-        for node in self.nodes:
-            if is_op(node, "Conv"):
-                shape = self.graph.shape(node.inputs[1])
-                return 0 if shape is None else len(shape) - 2
-        return 0
+    def _amounts(self, node: ir.Node) -> Margin:
+        """What a window or Pad node is to pad; a Pad node takes up its edge's deficit too."""
+        deficit = self._deficits().get((node, 0)) if is_op(node, "Pad") else None
+        return self.pads[node] if deficit is None else _sum(self.pads[node], deficit)
 
     def _visit(self, node: ir.Node) -> None:
-        rank = self._rank()
-        margin = self.margins.get(node.outputs[0], ((0, 0),) * rank)
+        margin = self.margins.get(node.outputs[0], ((0, 0),) * self.rank)
         sources = [
             index
             for index, value in enumerate(node.inputs)
@@ -143,9 +143,7 @@ class _Hoist:
 
     def _through_pad(self, node: ir.Node, margin: Margin) -> Margin:
         present = tuple(zero_padding(node, self.graph, len(margin) + 2))
-        needed = tuple(
-            (one[0] + two[0], one[1] + two[1]) for one, two in zip(margin, present, strict=True)
-        )
+        needed = _sum(margin, present)
         self.present[node] = present
         if node.inputs[0] is self.entry:
             self.pads[node] = needed
@@ -165,29 +163,25 @@ class _Hoist:
             for one, two in zip(earlier, needed, strict=True)
         )
 
-    def _deficits(self) -> Iterable[tuple[ir.Node, int, Margin]]:
-        """Edges whose reader needs another margin than the tensor carries."""
+    def _deficits(self) -> dict[tuple[ir.Node, int], Margin]:
+        """What edges lack (or have too much of) whose reader needs another margin than it gets."""
+        found = {}
+        nothing = ((0, 0),) * self.rank
         for (node, index), needed in self.edges.items():
             value = node.inputs[index]
             assert value is not None
-            carried = self.margins.get(value, ((0, 0),) * len(needed))
-            if value is self.entry:
-                carried = ((0, 0),) * len(needed)
+            carried = nothing if value is self.entry else self.margins.get(value, nothing)
             if carried != needed:
-                yield (
-                    node,
-                    index,
-                    tuple(
-                        (one[0] - two[0], one[1] - two[1])
-                        for one, two in zip(needed, carried, strict=True)
-                    ),
-                )
+                found[node, index] = _sum(needed, carried, -1)
+        return found
 
     def apply(self) -> None:
         """Write paddings and crops into the graph; shapes inside are no longer known."""
-        for node, index, amounts in list(self._deficits()):
-            self._insert_pad(node, index, amounts)
-        for node, pads in self.pads.items():
+        amounts = {node: self._amounts(node) for node in self.pads}
+        for (node, index), deficit in self._deficits().items():
+            if not is_op(node, "Pad"):
+                self._insert_pad(node, index, deficit)
+        for node, pads in amounts.items():
             if is_op(node, "Pad"):
                 self._set_pad_node(node, pads)
             else:
@@ -199,6 +193,10 @@ class _Hoist:
                     self.graph.shapes.pop(value.name, None)
 
     def _set_window_pads(self, node: ir.Node, pads: Margin) -> None:
+        if any(begin < 0 or end < 0 for begin, end in pads):
+            # A window cannot crop what it reads.
+            self._insert_pad(node, 0, pads)
+            pads = ((0, 0),) * self.rank
         amounts = [begin for begin, _ in pads] + [end for _, end in pads]
         node.attributes.pop("auto_pad", None)
         node.attributes["pads"] = ir.AttrInt64s("pads", amounts)
@@ -209,7 +207,10 @@ class _Hoist:
         replacement = source
         if any(begin or end for begin, end in pads):
             replacement = self._pad_node(source, node, pads)
-        self.graph.bypass(node.outputs[0], replacement)
+        if node.outputs[0] is self.output:
+            self.output = self.work.bypass(node.outputs[0], replacement)
+        else:
+            self.graph.bypass(node.outputs[0], replacement)
         self.graph.remove_dead([node])
 
     def _insert_pad(self, node: ir.Node, index: int, amounts: Margin) -> None:
@@ -229,3 +230,9 @@ class _Hoist:
         self.graph.ir.insert_before(before, node)
         node.outputs[0].name = self.graph.fresh_name(base)
         return node.outputs[0]
+
+
+def _sum(one: Margin, two: Margin, factor: int = 1) -> Margin:
+    return tuple(
+        (a[0] + factor * b[0], a[1] + factor * b[1]) for a, b in zip(one, two, strict=True)
+    )
