@@ -59,6 +59,8 @@ class InsertActivations(Pass):
             outputs[list(outputs).index(value)] = result
         result.metadata_props.update(value.metadata_props)
         graph.rename(result, name)
+        if (shape := graph.shapes.get(value.name or "")) is not None:
+            graph.shapes[name] = shape
         for segment in work.plan.segments:
             if segment.input is value:
                 segment.input = result

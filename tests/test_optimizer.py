@@ -285,3 +285,9 @@ def test_before_ir_version_4_new_weights_do_not_become_inputs() -> None:
         item.name for item in source.graph.input
     ]
     onnx.checker.check_model(result.model)
+
+
+def test_behind_a_free_activation_sizes_are_still_known() -> None:
+    plan = {"graphfold_plan": 1, "keep_blocks": [0, 0, 0], "activation": "Relu6"}
+    folds = graphfold.optimize(network(), plan).report.folds
+    assert {fold.repair for fold in folds if fold.segment} == {"map"}
