@@ -184,7 +184,7 @@ def segment_problems(work: Work) -> Sequence[tuple[SegmentNames, str, str | None
         except NotExactError as error:
             works = error.boundary_that_works if segment.boundary == "exact" else None
             hint = f"boundary: {works} would work" if works else None
-            problems.append((segment, error.what, hint))
+            problems.append((segment, f"cannot become one convolution: {error.what}", hint))
             continue
         problems += [(segment, what, hint) for what, hint in _mismatches(segment, geometry)]
     return problems

@@ -69,7 +69,7 @@ def build_reference(
     if problems:
         raise PlanError(
             [
-                Problem(segment.path, f"no single convolution is equal: {what}", hint)
+                Problem(segment.path, what, hint)
                 for segment, what, hint in problems
             ]
         )

@@ -83,6 +83,8 @@ class Targets:
         for path in inputs:
             if not path.exists():
                 raise ModelError("no such file", where=str(path))
+            if path.is_dir():
+                raise ModelError("is a directory, not a model", where=str(path))
         if not self.dry_run:
             self._check_paths(inputs)
 
