@@ -579,3 +579,10 @@ def test_signal_handlers_are_left_as_they_were(run, model):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     run("inspect", model)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_folder_as_model_is_bad_input_wherever_its_name_is_empty(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "graphfold", "optimize", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "graphfold: error: .: is a directory, not a model\n"
