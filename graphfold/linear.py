@@ -294,6 +294,8 @@ OPERATORS: dict[str, Handler] = {
 
 Join = Callable[[ir.Node, list[Any], Any], Any]
 JOINS = frozenset({"Add", "Sub", "Sum", "Concat"})
+# Operators whose further inputs are parameters of the first.
+_WEIGHTED = frozenset({"Conv", "BatchNormalization", "Pad", "Dropout"})
 
 
 def is_join(graph: Graph, node: ir.Node) -> bool:
@@ -486,7 +488,7 @@ def _walk(
             known[output] = _known_after(joined, sizes)
             continue
         if len(sources) != 1:
-            raise NotExactError(f"{node.op_type} {node_label(node)!r} combines two tensors")
+            raise NotExactError(_why_not_single_input(node, sources))
         source = sources[0]
         part = build(linear_operator(node, Context(graph, rank, *known[source])))
         known[output] = _known_after(part, known[source][1])
@@ -498,6 +500,13 @@ def _walk(
         else:
             values[output] = (whole(source), part)
     return whole(region.output)
+
+
+def _why_not_single_input(node: ir.Node, sources: Sequence[ir.Value]) -> str:
+    weights = [value for value in sources if value is not node.inputs[0]]
+    if weights and is_op(node, *_WEIGHTED):
+        return f"{node_label(node)!r} reads {weights[0].name!r}, which is not a constant"
+    return f"{node.op_type} {node_label(node)!r} combines two tensors"
 
 
 def _is_per_channel(value: Geometry | AffineConv) -> bool:

@@ -227,7 +227,7 @@ def _with_normalising_scale(
     leave x, not x / 6.
     """
     follower = only_consumer(nodes[-1].outputs[0])
-    if follower is None or not is_op(follower, "Mul", "Div"):
+    if follower is None or follower.graph is not graph.ir or not is_op(follower, "Mul", "Div"):
         return nodes
     constants = [graph.constant(value) for value in follower.inputs]
     if not any(constant is not None and constant.size == 1 for constant in constants):
@@ -451,7 +451,7 @@ def _extend_with_constants(
     rank = len(_weight_shape(graph, conv)[0])
     while True:
         follower = only_consumer(output)
-        if follower is None or follower in owned:
+        if follower is None or follower in owned or follower.graph is not graph.ir:
             return output
         if not is_op(follower, *PER_CHANNEL):
             return output
