@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from graphfold.errors import PlanError, Problem
 
@@ -100,10 +100,18 @@ class Quantize(_Strict):
     keep_float: list[TensorName] = Field(default_factory=list)
 
 
+def _version(value: Any) -> Any:
+    if isinstance(value, bool):  # which Python takes for 1
+        raise ValueError("not a version")
+    return value
+
+
 class Plan(_Strict):
     """A complete, self-explaining statement of what a network is to become."""
 
-    graphfold_plan: Literal[1] = Field(description="version of the plan's schema")
+    graphfold_plan: Annotated[Literal[1], BeforeValidator(_version)] = Field(
+        description="version of the plan's schema"
+    )
     model: ModelReference | None = None
     segments: list[Segment] = Field(default_factory=list)
     remove_activations: list[TensorName] = Field(
