@@ -24,8 +24,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from graphfold.affine import AffineConv, Axis, Geometry
+from graphfold.affine import AffineConv
 from graphfold.errors import NotExactError
+from graphfold.geometry import Axis, Geometry
 from graphfold.graph import Graph
 
 REPAIRS = ("map", "table", "ones", "channel")

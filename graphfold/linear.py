@@ -1,14 +1,13 @@
-"""From graph nodes to affine convolutions: which operators are linear, and what a region means.
+"""From graph nodes to affine convolutions: which operators are linear, and what each means.
 
 One table, `OPERATORS`, maps an ONNX operator to its linear semantics; a new linear operator is
 one function there. A `LinearOperator` knows its geometry at once and builds its numbers only when
-asked, so that costs and refusals need no weights. A region is evaluated from its entry tensor
-forward, each tensor being an affine convolution of the entry.
+asked, so that costs and refusals need no weights. `graphfold.regions` evaluates whole regions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +15,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from graphfold.affine import AffineConv, Axis, Geometry, identity, scale_shift, stack, zero_pad
+from graphfold.affine import AffineConv, identity, scale_shift, stack, zero_pad
 from graphfold.errors import NotExactError
+from graphfold.geometry import Axis, Geometry
 from graphfold.graph import (
     Graph,
     attribute,
-    consumers,
     has_reference_attributes,
     is_op,
     node_label,
-    topological_between,
 )
 
 FLOAT_TYPES = frozenset(
@@ -84,7 +82,7 @@ def _conv(node: ir.Node, context: Context) -> LinearOperator:
     weight_value = node.inputs[1]
     if not graph.is_constant(weight_value):
         raise NotExactError(f"the weight of {node_label(node)!r} is not a constant")
-    weight_shape = _constant_shape(graph, weight_value)
+    weight_shape = constant_shape(graph, weight_value)
     axes = conv_axes(node, weight_shape[2:], context.sizes)
     groups = attribute(node, "group", 1)
     bias = _optional_vector(node, 2, graph, weight_shape[0])
@@ -295,7 +293,6 @@ OPERATORS: dict[str, Handler] = {
 Join = Callable[[ir.Node, list[Any], Any], Any]
 JOINS = frozenset({"Add", "Sub", "Sum", "Concat"})
 # Operators whose further inputs are parameters of the first.
-_WEIGHTED = frozenset({"Conv", "BatchNormalization", "Pad", "Dropout"})
 
 
 def is_join(graph: Graph, node: ir.Node) -> bool:
@@ -305,9 +302,10 @@ def is_join(graph: Graph, node: ir.Node) -> bool:
     return len(variable_inputs(graph, node)) == len(node.inputs)
 
 
-def _join_geometries(
+def join_geometries(
     node: ir.Node, parts: Sequence[Geometry], sizes: tuple[int | None, ...]
 ) -> Geometry:
+    """Geometry of a sum or concatenation of branches; raises NotExactError with the reason."""
     if is_op(node, "Concat"):
         if attribute(node, "axis") not in (1, 1 - (parts[0].rank + 2)):
             raise NotExactError(f"Concat {node_label(node)!r} is not over channels")
@@ -323,9 +321,10 @@ def _widened(part: Geometry, total: int) -> Geometry:
     return Geometry(part.axes, part.in_channels, total, 1, part.biased, part.bordered)
 
 
-def _join_affines(
+def join_affines(
     node: ir.Node, parts: Sequence[AffineConv], sizes: tuple[int | None, ...]
 ) -> AffineConv:
+    """The sum or concatenation of branches; raises NotExactError with the reason."""
     if is_op(node, "Concat"):
         return stack(parts, sizes)
     merged = parts[0]
@@ -341,209 +340,6 @@ def _known_scale(factor: float, part: AffineConv) -> AffineConv:
     return scale_shift(np.full(channels, factor), np.zeros(channels), len(part.axes))
 
 
-# --- regions ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Region:
-    """A single-entry single-exit subgraph, its nodes in execution order."""
-
-    entry: ir.Value
-    output: ir.Value
-    nodes: tuple[ir.Node, ...]
-
-
-def find_region(
-    graph: Graph, entry: ir.Value, output: ir.Value, order: dict[ir.Node, int]
-) -> Region:
-    """The subgraph between two tensors.
-
-    Raises:
-        NotExactError: something other than `entry` enters or something other than `output`
-            leaves; names it.
-    """
-    nodes = [
-        node
-        for node in topological_between(entry, output, order)
-        if not all(graph.is_constant(value) for value in node.outputs)
-    ]
-    inside = set(nodes)
-    reaches_entry = False
-    for node in nodes:
-        for value in node.inputs:
-            if value is None or graph.is_constant(value):
-                continue
-            if value is entry:
-                reaches_entry = True
-            elif value.producer() not in inside:
-                raise NotExactError(
-                    f"it is not single-entry: {value.name!r} enters at {node_label(node)!r}"
-                )
-    if not reaches_entry:
-        raise NotExactError(f"{output.name!r} does not depend on {entry.name!r}")
-    _check_single_exit(nodes, inside, output)
-    return Region(entry, output, tuple(nodes))
-
-
-def _check_single_exit(nodes: Iterable[ir.Node], inside: set[ir.Node], output: ir.Value) -> None:
-    for node in nodes:
-        for value in node.outputs:
-            if value is output:
-                continue
-            if value.is_graph_output():
-                raise NotExactError(
-                    f"it is not single-exit: {value.name!r} is an output of the graph"
-                )
-            for reader in consumers(value):
-                if reader not in inside:
-                    raise NotExactError(
-                        f"it is not single-exit: {value.name!r} is also read by "
-                        f"{node_label(reader)!r}"
-                    )
-
-
-def region_geometry(graph: Graph, region: Region) -> Geometry:
-    """Shape of the one convolution that equals a region; raises NotExactError with the reason."""
-    geometry: Geometry = _walk(
-        graph,
-        region,
-        build=lambda operator: operator.geometry,
-        compose=lambda first, second, sizes: first.then(second, sizes),
-        join=_join_geometries,
-        start=lambda channels, rank: identity(channels, rank).geometry,
-    )
-    return geometry
-
-
-def region_affine(graph: Graph, region: Region) -> AffineConv:
-    """The one affine convolution that equals a region; raises NotExactError with the reason."""
-    affine: AffineConv = _walk(
-        graph,
-        region,
-        build=lambda operator: operator.build(),
-        compose=lambda first, second, sizes: first.then(second, sizes),
-        join=_join_affines,
-        start=identity,
-    )
-    return affine
-
-
-def region_macs(graph: Graph, region: Region, sizes: Sequence[int]) -> int:
-    """Multiply-accumulates per image of a region's convolutions, for spatial sizes of its entry.
-
-    Raises:
-        NotExactError: the region is not linear.
-    """
-    rank, channels = entry_rank_and_channels(graph, region)
-    known = {region.entry: (channels, tuple(sizes))}
-    total = 0
-    for node in region.nodes:
-        sources = variable_inputs(graph, node)
-        if is_join(graph, node):
-            joined = sum(known[source][0] for source in sources)
-            width = joined if is_op(node, "Concat") else known[sources[0]][0]
-            known[node.outputs[0]] = (width, known[sources[0]][1])
-            continue
-        before = known[sources[0]]
-        geometry = linear_operator(node, Context(graph, rank, *before)).geometry
-        if is_op(node, "Conv"):
-            total += geometry.macs(before[1])
-        known[node.outputs[0]] = (geometry.out_channels, geometry.output_sizes(before[1]))
-    return total
-
-
-def _walk(
-    graph: Graph,
-    region: Region,
-    *,
-    build: Callable[[LinearOperator], Any],
-    compose: Callable[[Any, Any, tuple[int | None, ...] | None], Any],
-    join: Join,
-    start: Callable[[int, int], Any],
-) -> Any:
-    """Evaluate a region forward; geometries and affine convolutions walk the same way."""
-    rank, channels = entry_rank_and_channels(graph, region)
-    sizes = graph.sizes(region.entry) or (None,) * rank
-    if len(sizes) != rank:
-        raise NotExactError(f"{region.entry.name!r} has {len(sizes)} spatial axes, not {rank}")
-    # A tensor is its last operator after what came before: normalisation folds into the operator
-    # first, which is far smaller than the composed kernel.
-    values: dict[ir.Value, tuple[Any, Any]] = {}
-    known: dict[ir.Value, tuple[int, tuple[int | None, ...]]] = {region.entry: (channels, sizes)}
-
-    def whole(value: ir.Value) -> Any:
-        before, last = values.get(value, (None, None))
-        if last is None:
-            return start(channels, rank)
-        if before is not None:
-            values[value] = (None, compose(before, last, sizes))
-        return values[value][1]
-
-    for node in region.nodes:
-        output = node.outputs[0]
-        sources = variable_inputs(graph, node)
-        if is_join(graph, node):
-            joined = join(node, [whole(source) for source in sources], sizes)
-            values[output] = (None, joined)
-            known[output] = _known_after(joined, sizes)
-            continue
-        if len(sources) != 1:
-            raise NotExactError(_why_not_single_input(node, sources))
-        source = sources[0]
-        part = build(linear_operator(node, Context(graph, rank, *known[source])))
-        known[output] = _known_after(part, known[source][1])
-        if source not in values:
-            values[output] = (None, part)
-        elif _is_per_channel(part):
-            before, last = values[source]
-            values[output] = (before, compose(last, part, None))
-        else:
-            values[output] = (whole(source), part)
-    return whole(region.output)
-
-
-def _why_not_single_input(node: ir.Node, sources: Sequence[ir.Value]) -> str:
-    weights = [value for value in sources if value is not node.inputs[0]]
-    if weights and is_op(node, *_WEIGHTED):
-        return f"{node_label(node)!r} reads {weights[0].name!r}, which is not a constant"
-    return f"{node.op_type} {node_label(node)!r} combines two tensors"
-
-
-def _is_per_channel(value: Geometry | AffineConv) -> bool:
-    geometry = value if isinstance(value, Geometry) else value.geometry
-    return geometry.groups == geometry.out_channels and all(
-        axis == Axis() for axis in geometry.axes
-    )
-
-
-def _known_after(
-    value: Geometry | AffineConv, sizes: tuple[int | None, ...]
-) -> tuple[int, tuple[int | None, ...]]:
-    """Channels and sizes of what `value` makes of a tensor of these sizes."""
-    width = value.out_channels if isinstance(value, Geometry) else value.weight.shape[0]
-    outputs = tuple(
-        None if size is None else axis.output_size(size)
-        for axis, size in zip(value.axes, sizes, strict=True)
-    )
-    return width, outputs
-
-
-def entry_rank_and_channels(graph: Graph, region: Region) -> tuple[int, int]:
-    """Spatial rank and channels of a region's entry: from its shape, else from its weights.
-
-    Raises:
-        NotExactError: neither says.
-    """
-    shape = graph.shape(region.entry)
-    if shape is not None and len(shape) >= 2 and isinstance(shape[1], int):
-        return len(shape) - 2, shape[1]
-    for node in region.nodes:
-        if is_op(node, "Conv") and graph.is_constant(node.inputs[1]):
-            weight = _constant_shape(graph, node.inputs[1])
-            return len(weight) - 2, weight[1] * attribute(node, "group", 1)
-    raise NotExactError(f"the shape of {region.entry.name!r} is unknown")
-
-
 # --- constants --------------------------------------------------------------------------------
 
 
@@ -557,7 +353,8 @@ def _known(affine: AffineConv) -> LinearOperator:
     return LinearOperator(affine.geometry, lambda: affine)
 
 
-def _constant_shape(graph: Graph, value: ir.Value | None) -> tuple[int, ...]:
+def constant_shape(graph: Graph, value: ir.Value | None) -> tuple[int, ...]:
+    """Shape of a constant tensor, without reading its data where possible."""
     if value is not None and value.const_value is not None:
         return tuple(size for size in value.const_value.shape if isinstance(size, int))
     constant = graph.constant(value)

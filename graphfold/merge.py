@@ -12,18 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphfold.affine import Geometry
 from graphfold.emit import Emitter, choose_repair, emit_affine, without_cropping
 from graphfold.errors import NotExactError
+from graphfold.geometry import Geometry
 from graphfold.graph import is_op
-from graphfold.linear import (
-    FLOAT_TYPES,
-    Region,
-    find_region,
-    region_affine,
-    region_geometry,
-    region_macs,
-)
+from graphfold.linear import FLOAT_TYPES
+from graphfold.regions import Region, find_region, region_affine, region_geometry, region_macs
 from graphfold.rewrite import (
     FOLD_KEY,
     Fold,

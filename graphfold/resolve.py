@@ -14,8 +14,8 @@ import onnx_ir as ir
 from graphfold.errors import NotExactError, PlanError, Problem
 from graphfold.graph import Graph, node_label
 from graphfold.importers import expand_short_forms
-from graphfold.linear import find_region
 from graphfold.plan import Activation, LikeActivation, Plan, Segment, nearest
+from graphfold.regions import find_region
 from graphfold.sites import ActivationSite, ConvSite, Sites, find_sites
 
 Site = TypeVar("Site", ActivationSite, ConvSite)

@@ -14,20 +14,20 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graphfold.affine import Geometry
 from graphfold.emit import choose_repair, repair_cost
 from graphfold.errors import NotExactError
+from graphfold.geometry import Geometry
 from graphfold.graph import is_op, node_label, only_consumer
 from graphfold.linear import (
     FLOAT_TYPES,
     PER_CHANNEL,
     Context,
     LinearOperator,
-    Region,
     linear_operator,
     variable_inputs,
     zero_padding,
 )
+from graphfold.regions import Region
 from graphfold.rewrite import Work
 
 # Stands for sizes that are not fixed: costs are compared with one another, so any size that

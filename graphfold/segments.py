@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from graphfold.errors import NotExactError
 from graphfold.graph import Graph, consumers, is_op, only_consumer, topological_between
-from graphfold.linear import find_region, is_join, variable_inputs
+from graphfold.linear import is_join, variable_inputs
+from graphfold.regions import find_region
 from graphfold.sites import ActivationSite, ConvSite, Sites, find_sites
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")

@@ -18,8 +18,9 @@ import onnx_ir as ir
 
 from graphfold.errors import NotExactError
 from graphfold.graph import Graph, consumers, is_op, node_label
-from graphfold.linear import PER_CHANNEL, Region, variable_inputs
+from graphfold.linear import PER_CHANNEL, variable_inputs
 from graphfold.merge import MergeCandidate, current_region, merge_region, merged_geometry
+from graphfold.regions import Region
 from graphfold.rewrite import Fold, Pass, Phase, Work
 
 

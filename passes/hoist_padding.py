@@ -20,7 +20,8 @@ import onnx_ir as ir
 
 from graphfold.errors import NotExactError
 from graphfold.graph import is_op, node_label
-from graphfold.linear import conv_axes, entry_rank_and_channels, find_region, zero_padding
+from graphfold.linear import conv_axes, zero_padding
+from graphfold.regions import entry_rank_and_channels, find_region
 from graphfold.resolve import ResolvedSegment
 from graphfold.rewrite import Pass, Phase, Work
 

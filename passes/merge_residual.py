@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from graphfold.errors import NotExactError
 from graphfold.graph import is_op
-from graphfold.linear import OPERATORS, Region, find_region, is_join, variable_inputs
+from graphfold.linear import OPERATORS, is_join, variable_inputs
 from graphfold.merge import (
     MergeCandidate,
     current_region,
@@ -28,6 +28,7 @@ from graphfold.merge import (
     merged_geometry,
     segment_regions,
 )
+from graphfold.regions import Region, find_region
 from graphfold.rewrite import Fold, Pass, Phase, Work
 from graphfold.runs import NOMINAL_SIZE, RunCost, best_split, chains, growth, merged_cost
 

@@ -15,7 +15,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from graphfold.affine import AffineConv, Axis
+from graphfold.affine import AffineConv
+from graphfold.geometry import Axis
 from graphfold.graph import Graph
 from graphfold.model import load, to_proto
 from graphfold.rewrite import PassStatistics, Phase, Work, run_passes, select_passes

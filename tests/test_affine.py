@@ -11,16 +11,9 @@ from builders import Array, as_model, assert_same, nonzero, random_affine, run, 
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from graphfold.affine import (
-    AffineConv,
-    Axis,
-    Geometry,
-    identity,
-    scale_shift,
-    stack,
-    zero_pad,
-)
+from graphfold.affine import AffineConv, identity, scale_shift, stack, zero_pad
 from graphfold.errors import NotExactError
+from graphfold.geometry import Axis, Geometry
 
 ci = settings(derandomize=True, deadline=None, max_examples=120, database=None)
 

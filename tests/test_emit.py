@@ -22,7 +22,7 @@ from builders import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from graphfold.affine import AffineConv, Axis
+from graphfold.affine import AffineConv
 from graphfold.emit import (
     REPAIRS,
     Emitter,
@@ -32,6 +32,7 @@ from graphfold.emit import (
     without_cropping,
 )
 from graphfold.errors import NotExactError
+from graphfold.geometry import Axis
 from graphfold.graph import Graph
 from graphfold.model import load, to_proto
 

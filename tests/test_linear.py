@@ -13,8 +13,9 @@ from onnx import helper
 from graphfold.affine import AffineConv
 from graphfold.errors import NotExactError
 from graphfold.graph import Graph
-from graphfold.linear import find_region, is_join, region_affine, region_geometry
+from graphfold.linear import is_join
 from graphfold.model import load
+from graphfold.regions import find_region, region_affine, region_geometry
 
 
 def affine_of(proto: onnx.ModelProto, entry: str = "x", output: str | None = None) -> AffineConv:
