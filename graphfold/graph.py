@@ -408,13 +408,8 @@ def node_label(node: ir.Node) -> str:
     return next((value.name for value in node.outputs if value.name), node.op_type)
 
 
-def topological_between(
-    entry: ir.Value, output: ir.Value, order: dict[ir.Node, int]
-) -> Sequence[ir.Node]:
-    """Nodes on paths from `entry` to `output`, constants' producers excluded, in execution order.
-
-    Walks backwards from `output` and stops at `entry`; other entries are found by the caller.
-    """
+def nodes_between(entry: ir.Value, output: ir.Value) -> set[ir.Node]:
+    """Everything that `output` is computed from, walking backwards and stopping at `entry`."""
     region: set[ir.Node] = set()
     stack = [output]
     while stack:
@@ -424,4 +419,11 @@ def topological_between(
             continue
         region.add(producer)
         stack.extend(source for source in producer.inputs if source is not None)
-    return sorted(region, key=order.__getitem__)
+    return region
+
+
+def topological_between(
+    entry: ir.Value, output: ir.Value, order: dict[ir.Node, int]
+) -> Sequence[ir.Node]:
+    """`nodes_between` in execution order; other entries are found by the caller."""
+    return sorted(nodes_between(entry, output), key=order.__getitem__)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from graphfold.emit import Emitter, choose_repair, emit_affine, without_cropping
 from graphfold.errors import NotExactError
 from graphfold.geometry import Geometry
-from graphfold.graph import is_op
+from graphfold.graph import is_op, nodes_between
 from graphfold.linear import FLOAT_TYPES
 from graphfold.regions import Region, find_region, region_affine, region_geometry, region_macs
 from graphfold.rewrite import (
@@ -110,7 +110,7 @@ def merge_region(work: Work, candidate: MergeCandidate, pass_name: str) -> Fold:
     graph.take_over(output, result)
     graph.remove_dead(region.nodes)
     if segment is not None:
-        work.barrier.update(_produced_between(region.entry, result))
+        work.barrier.update(nodes_between(region.entry, result))
     final = without_cropping(affine)
     fold = Fold(
         output=result.name or "",
@@ -140,19 +140,6 @@ def _macs(
 
 def _numpy(dtype: ir.DataType) -> np.dtype[np.generic]:
     return np.dtype(dtype.numpy())
-
-
-def _produced_between(entry: ir.Value, result: ir.Value) -> set[ir.Node]:
-    made: set[ir.Node] = set()
-    stack = [result]
-    while stack:
-        value = stack.pop()
-        producer = value.producer()
-        if value is entry or producer is None or producer in made:
-            continue
-        made.add(producer)
-        stack.extend(source for source in producer.inputs if source is not None)
-    return made
 
 
 def reach(geometry: Geometry) -> tuple[tuple[int, int], ...]:
