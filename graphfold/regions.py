@@ -50,22 +50,30 @@ def find_region(
         for node in topological_between(entry, output, order)
         if not all(graph.is_constant(value) for value in node.outputs)
     ]
+    _check_single_entry(graph, nodes, entry, output)
     inside = set(nodes)
-    reaches_entry = False
+    _check_single_exit(nodes, inside, output)
+    return Region(entry, output, tuple(nodes))
+
+
+def _check_single_entry(
+    graph: Graph, nodes: Iterable[ir.Node], entry: ir.Value, output: ir.Value
+) -> None:
+    """Every tensor that nodes behind `entry` read must come from it, or be constant."""
+    behind = {entry}
     for node in nodes:
-        for value in node.inputs:
-            if value is None or graph.is_constant(value):
-                continue
-            if value is entry:
-                reaches_entry = True
-            elif value.producer() not in inside:
+        if not behind.isdisjoint(node.inputs):
+            behind.update(node.outputs)
+    if output not in behind:
+        raise NotExactError(f"{output.name!r} does not depend on {entry.name!r}")
+    for node in nodes:
+        if behind.isdisjoint(node.outputs):
+            continue
+        for value in variable_inputs(graph, node):
+            if value not in behind:
                 raise NotExactError(
                     f"it is not single-entry: {value.name!r} enters at {node_label(node)!r}"
                 )
-    if not reaches_entry:
-        raise NotExactError(f"{output.name!r} does not depend on {entry.name!r}")
-    _check_single_exit(nodes, inside, output)
-    return Region(entry, output, tuple(nodes))
 
 
 def _check_single_exit(nodes: Iterable[ir.Node], inside: set[ir.Node], output: ir.Value) -> None:

@@ -12,11 +12,12 @@ from typing import TypeVar
 import onnx_ir as ir
 
 from graphfold.errors import NotExactError, PlanError, Problem
-from graphfold.graph import Graph, node_label
+from graphfold.graph import Graph, TensorShape, node_label
 from graphfold.importers import expand_short_forms
 from graphfold.plan import Activation, LikeActivation, Plan, Segment, nearest
 from graphfold.regions import find_region
 from graphfold.sites import ActivationSite, ConvSite, Sites, find_sites
+from graphfold.specs import describe_shape
 
 Site = TypeVar("Site", ActivationSite, ConvSite)
 
@@ -85,13 +86,10 @@ class _Resolver:
                 resolved.segments.append(segment)
         self.check_overlaps(resolved.segments)
         resolved.activations = self.sites_named(
-            "remove_activations", plan.remove_activations, self.activations, "an activation site"
+            "remove_activations", plan.remove_activations, self.activations, "an activation"
         )
-        resolved.convs = self.removable(
-            self.sites_named("remove_convs", plan.remove_convs, self.convs, "a conv site"),
-            "remove_convs",
-        )
-        self.check_loose(resolved)
+        resolved.convs = self.removable("remove_convs", plan.remove_convs)
+        self.check_loose(plan, resolved)
         resolved.added = list(self.additions(plan, resolved))
         if self.problems:
             raise PlanError(self.problems)
@@ -121,22 +119,30 @@ class _Resolver:
         nodes = frozenset(region.nodes)
         segment = ResolvedSegment(path, spec, source, output, nodes)
         segment.activations = tuple(self.segment_activations(segment))
-        convs = self.sites_named(
-            f"{path}.remove_convs", spec.remove_convs, self.convs, "a conv site"
-        )
-        segment.convs = tuple(self.removable(convs, f"{path}.remove_convs"))
-        for site in segment.convs:
-            self.check_inside(f"{path}.remove_convs", site.name, site.nodes, nodes)
+        segment.convs = tuple(self.removable(f"{path}.remove_convs", spec.remove_convs))
+        self.check_inside(f"{path}.remove_convs", spec.remove_convs, segment.convs, nodes)
+        if spec.family == "identity":
+            self.check_same_shape(segment)
         return segment
+
+    def check_same_shape(self, segment: ResolvedSegment) -> None:
+        """What is dropped must leave a tensor of the shape that its readers expect."""
+        source, output = self.graph.shape(segment.input), self.graph.shape(segment.output)
+        if source is not None and output is not None and not _fit(source, output):
+            shapes = [describe_shape(shape) for shape in (source, output)]
+            what = (
+                f"cannot be dropped: {segment.input.name!r} is {shapes[0]} and "
+                f"{segment.output.name!r} is {shapes[1]}"
+            )
+            self.problems.append(Problem(segment.path, what))
 
     def segment_activations(self, segment: ResolvedSegment) -> Iterable[ActivationSite]:
         names, path = segment.spec.remove_activations, f"{segment.path}.remove_activations"
         inside = [site for site in self.sites.activations if segment.nodes.issuperset(site.nodes)]
         if names is None:
             return inside
-        chosen = self.sites_named(path, names, self.activations, "an activation site")
-        for site in chosen:
-            self.check_inside(path, site.name, site.nodes, segment.nodes)
+        chosen = self.sites_named(path, names, self.activations, "an activation")
+        self.check_inside(path, names, chosen, segment.nodes)
         if segment.spec.family != "identity":
             for site in inside:
                 if site not in chosen:
@@ -145,26 +151,30 @@ class _Resolver:
         return chosen
 
     def check_inside(
-        self, path: str, name: str, nodes: Sequence[ir.Node], region: frozenset[ir.Node]
+        self,
+        path: str,
+        names: Sequence[str],
+        sites: Iterable[ActivationSite | ConvSite],
+        region: frozenset[ir.Node],
     ) -> None:
-        if not region.issuperset(nodes):
-            self.problems.append(Problem(path, f"{name!r} is not inside the segment"))
+        for site in sites:
+            if not region.issuperset(site.nodes):
+                at = f"{path}[{names.index(site.name)}]"
+                self.problems.append(Problem(at, f"{site.name!r} is not inside the segment"))
 
     def sites_named(
         self, path: str, names: Sequence[str], known: dict[str, Site], noun: str
     ) -> list[Site]:
-        found = []
         for number, name in enumerate(names):
-            if name in known:
-                found.append(known[name])
-                continue
-            at = f"{path}[{number}]"
-            if name in self.values:
-                what, hint = f"tensor {name!r} is not the output of {noun}", self.owner(name, known)
-            else:
-                what, hint = f"the model has no tensor {name!r}", nearest(name, known)
-            self.problems.append(Problem(at, what, hint))
-        return found
+            if name not in known:
+                self.problems.append(self.unknown_site(f"{path}[{number}]", name, known, noun))
+        return [known[name] for name in names if name in known]
+
+    def unknown_site(self, path: str, name: str, known: dict[str, Site], noun: str) -> Problem:
+        if name in self.values:
+            what = f"tensor {name!r} is not the output of {noun} site"
+            return Problem(path, what, self.owner(name, known))
+        return Problem(path, f"the model has no tensor {name!r}", nearest(name, known))
 
     def owner(self, name: str, known: dict[str, Site]) -> str | None:
         """The site that the named tensor is an inner part of, else the nearest name."""
@@ -174,11 +184,12 @@ class _Resolver:
                 return f"the site it belongs to is named {site.name!r}"
         return nearest(name, known)
 
-    def removable(self, convs: Sequence[ConvSite], path: str) -> list[ConvSite]:
+    def removable(self, path: str, names: Sequence[str]) -> list[ConvSite]:
+        convs = self.sites_named(path, names, self.convs, "a conv")
         for site in convs:
             if not site.removable:
                 what = f"conv {site.name!r} cannot be removed: {site.reason}"
-                self.problems.append(Problem(path, what))
+                self.problems.append(Problem(f"{path}[{names.index(site.name)}]", what))
         return [site for site in convs if site.removable]
 
     def check_overlaps(self, segments: Sequence[ResolvedSegment]) -> None:
@@ -193,43 +204,61 @@ class _Resolver:
                     what = f"overlaps {other.path} at {node_label(node)!r}"
                     self.problems.append(Problem(segment.path, what))
 
-    def check_loose(self, resolved: ResolvedPlan) -> None:
+    def check_loose(self, plan: Plan, resolved: ResolvedPlan) -> None:
         """Loose removals must lie outside segments: a segment says itself what goes."""
-        for key, sites in (
-            ("remove_activations", resolved.activations),
-            ("remove_convs", resolved.convs),
+        for key, names, sites in (
+            ("remove_activations", plan.remove_activations, resolved.activations),
+            ("remove_convs", plan.remove_convs, resolved.convs),
         ):
             for site in sites:
                 for segment in resolved.segments:
                     if not segment.nodes.isdisjoint(site.nodes):
                         what = f"{site.name!r} lies in {segment.path}"
                         hint = f"say it in {segment.path}.{key}"
-                        self.problems.append(Problem(key, what, hint))
+                        at = f"{key}[{names.index(site.name)}]"
+                        self.problems.append(Problem(at, what, hint))
 
     def additions(self, plan: Plan, resolved: ResolvedPlan) -> Iterable[AddedAt]:
-        by_path = {segment.path: segment for segment in resolved.segments}
-        for number, spec in enumerate(plan.segments):
-            path = f"segments[{number}]"
-            if spec.activation is not None and path in by_path:
-                segment = by_path[path]
-                yield from self.addition(f"{path}.activation", segment.output, spec.activation)
+        removed = [*resolved.activations, *(s for e in resolved.segments for s in e.activations)]
+        taken: dict[ir.Value, str] = {}
+        for path, value, activation in self.stated_additions(plan, resolved):
+            present = self.sites.activation_after(value)
+            if present is not None and present not in removed:
+                what = f"the model already has an activation after {value.name!r}"
+                self.problems.append(Problem(path, what, "use null"))
+            elif value in taken:
+                what = f"{taken[value]} adds one after {value.name!r} already"
+                self.problems.append(Problem(path, what))
+            elif isinstance(activation, LikeActivation):
+                template = self.template(f"{path}.like", activation.like)
+                if template is not None:
+                    yield AddedAt(path, value, activation, template)
+            else:
+                yield AddedAt(path, value, activation)
+            taken.setdefault(value, path)
+
+    def stated_additions(
+        self, plan: Plan, resolved: ResolvedPlan
+    ) -> Iterable[tuple[str, ir.Value, Activation]]:
+        for segment in resolved.segments:
+            if segment.spec.activation is not None:
+                yield f"{segment.path}.activation", segment.output, segment.spec.activation
         for number, extra in enumerate(plan.add_activations):
             path = f"add_activations[{number}]"
             value = self.value(f"{path}.tensor", extra.tensor)
             if value is not None:
-                yield from self.addition(f"{path}.activation", value, extra.activation)
+                yield f"{path}.activation", value, extra.activation
 
-    def addition(self, path: str, value: ir.Value, activation: Activation) -> Iterable[AddedAt]:
-        if self.sites.activation_after(value) is not None:
-            what = f"the model already has an activation after {value.name!r}"
-            self.problems.append(Problem(path, what, "use null"))
-            return
-        template = None
-        if isinstance(activation, LikeActivation):
-            (*found,) = self.sites_named(
-                f"{path}.like", [activation.like], self.activations, "an activation site"
-            )
-            if not found:
-                return
-            template = found[0]
-        yield AddedAt(path, value, activation, template)
+    def template(self, path: str, name: str) -> ActivationSite | None:
+        found = self.activations.get(name)
+        if found is None:
+            self.problems.append(self.unknown_site(path, name, self.activations, "an activation"))
+        return found
+
+
+def _fit(one: TensorShape, two: TensorShape) -> bool:
+    """Whether two shapes can be equal; sizes that are not fixed fit any."""
+    return len(one) == len(two) and all(
+        a == b or not isinstance(a, int) or not isinstance(b, int)
+        for a, b in zip(one, two, strict=True)
+    )
