@@ -34,8 +34,6 @@ REPAIRS = ("map", "table", "ones", "channel")
 _SMALL_MAP_ELEMENTS = 4096
 # ConstantOfShape, which makes an image of ones, exists since then.
 _ONES_OPSET = 9
-# Before this version of the format every initializer must be an input of the graph as well.
-_FREE_INITIALIZERS_IR = 4
 
 
 def choose_repair(
@@ -111,8 +109,6 @@ class Emitter:
 
     def constant(self, data: NDArray[Any]) -> ir.Value:
         """Register a constant named after the merge."""
-        if (self.graph.model.ir.ir_version or 0) < _FREE_INITIALIZERS_IR:
-            return self.node("Constant", [], value=ir.tensor(np.ascontiguousarray(data)))
         return self.graph.add_initializer(self.base, data)
 
 

@@ -124,39 +124,23 @@ class Axis:
         return grown, before, after
 
     def domain_tap(self, second: Axis, size: int | None = None) -> int | None:
-        """The tap of `self` that is inside x's domain exactly where `second` reads no padding.
+        """The tap of `self` that is inside x's domain wherever `second` reads no padding.
 
-        The bias of `self` is zero where `second` pads, so it must be carried by such a tap.
-        None where there is no such tap.
+        The bias of `self` is zero where `second` pads, so it must be carried by such a tap; where
+        `then` is exact every tap is outside there. None where there is no such tap.
         """
-        for tap in range(self.kernel):
-            if size is None:
-                follows = self._follows_domain_of_any_size(tap, second)
-            else:
-                follows = self._follows_domain(tap, second, size)
-            if follows:
-                return tap
-        return None
+        inside = (tap for tap in range(self.kernel) if self._stays_inside(tap, second, size))
+        return next(inside, None)
 
-    def _follows_domain_of_any_size(self, tap: int, second: Axis) -> bool:
-        offset = self._tap_position(tap, 0)
-        before = second.padding_read(None)
-        starts_with_domain = offset >= 0 and (not before or self._tap_position(tap, before[-1]) < 0)
-        # The last window ends from 0 to stride - 1 pixels before the padding does.
-        last = self.extent - 1 - self.end - self.begin
-        return starts_with_domain and (offset == last if second.end > 0 else offset <= last)
-
-    def _follows_domain(self, tap: int, second: Axis, size: int) -> bool:
+    def _stays_inside(self, tap: int, second: Axis, size: int | None) -> bool:
+        if size is None:
+            # For some size the last window ends where the padding does.
+            return 0 <= self._tap_position(tap, 0) <= self.extent - 1 - self.end - self.begin
         count = self.output_size(size)
         outputs = second.output_size(count)
         first = next((at for at in range(count) if second.reads(at, outputs)), 0)
         last = next((at for at in reversed(range(count)) if second.reads(at, outputs)), 0)
-        domain = range(size)
-        return (
-            self._tap_position(tap, first) in domain
-            and self._tap_position(tap, last) in domain
-            and not any(self._tap_position(tap, at) in domain for at in second.padding_read(count))
-        )
+        return all(self._tap_position(tap, at) in range(size) for at in (first, last))
 
 
 @dataclass(frozen=True)
