@@ -67,12 +67,7 @@ def build_reference(
     segments = _names(resolved)
     problems = segment_problems(Work(graph, segments=segments))
     if problems:
-        raise PlanError(
-            [
-                Problem(segment.path, what, hint)
-                for segment, what, hint in problems
-            ]
-        )
+        raise PlanError([Problem(segment.path, what, hint) for segment, what, hint in problems])
     return Reference(copy, graph, segments, tuple(statistics), warnings)
 
 

@@ -5,9 +5,9 @@ All problems are collected before anything is changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import onnx_ir as ir
 
@@ -20,6 +20,10 @@ from graphfold.sites import ActivationSite, ConvSite, Sites, find_sites
 from graphfold.specs import describe_shape
 
 Site = TypeVar("Site", ActivationSite, ConvSite)
+
+# Operator, arguments ("x" is what the activation reads, integers are earlier steps, arrays and
+# floats are constants, None is left out), attributes.
+Step = tuple[str, tuple[Any, ...], Mapping[str, Any]]
 
 
 @dataclass
@@ -37,12 +41,16 @@ class ResolvedSegment:
 
 @dataclass
 class AddedAt:
-    """A free activation and the tensor that it follows."""
+    """A free activation and the tensor that it follows.
+
+    `steps` is what an activation site of the model computes, where that is to be copied: the
+    site itself may be removed before.
+    """
 
     path: str
     value: ir.Value
     activation: Activation
-    template: ActivationSite | None = None
+    steps: tuple[Step, ...] | None = None
 
 
 @dataclass
@@ -229,10 +237,12 @@ class _Resolver:
             elif value in taken:
                 what = f"{taken[value]} adds one after {value.name!r} already"
                 self.problems.append(Problem(path, what))
+            elif value.producer() is None and not value.is_graph_input():
+                self.problems.append(Problem(path, f"{value.name!r} is a constant"))
             elif isinstance(activation, LikeActivation):
-                template = self.template(f"{path}.like", activation.like)
-                if template is not None:
-                    yield AddedAt(path, value, activation, template)
+                steps = self.steps_of(f"{path}.like", activation.like, value)
+                if steps is not None:
+                    yield AddedAt(path, value, activation, steps)
             else:
                 yield AddedAt(path, value, activation)
             taken.setdefault(value, path)
@@ -249,11 +259,34 @@ class _Resolver:
             if value is not None:
                 yield f"{path}.activation", value, extra.activation
 
-    def template(self, path: str, name: str) -> ActivationSite | None:
-        found = self.activations.get(name)
-        if found is None:
+    def steps_of(self, path: str, name: str, value: ir.Value) -> tuple[Step, ...] | None:
+        """What the named site computes, if it can follow a tensor of the value's channels."""
+        site = self.activations.get(name)
+        if site is None:
             self.problems.append(self.unknown_site(path, name, self.activations, "an activation"))
-        return found
+            return None
+        steps = tuple(_steps(self.graph, site))
+        per_channel = any(getattr(arg, "size", 1) > 1 for _, args, _ in steps for arg in args)
+        channels = [self.graph.channels(tensor) for tensor in (site.input, value)]
+        if per_channel and channels[0] != channels[1]:
+            what = (
+                f"the parameters of {name!r} are for {channels[0]} channels, and {value.name!r} "
+                f"has {channels[1]}"
+            )
+            self.problems.append(Problem(path, what))
+            return None
+        return steps
+
+
+def _steps(graph: Graph, site: ActivationSite) -> Iterable[Step]:
+    made: dict[ir.Value, int] = {}
+    for number, node in enumerate(site.nodes):
+        arguments = tuple(
+            "x" if value is site.input else made[value] if value in made else graph.constant(value)
+            for value in node.inputs
+        )
+        yield node.op_type, arguments, dict(node.attributes)
+        made[node.outputs[0]] = number
 
 
 def _fit(one: TensorShape, two: TensorShape) -> bool:

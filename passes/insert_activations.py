@@ -8,7 +8,7 @@ LayerMerge appendix A). What leaves keeps the tensor's name; the tensor before t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,11 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphfold.graph import Graph
-from graphfold.resolve import AddedAt
+from graphfold.resolve import AddedAt, Step
 from graphfold.rewrite import Pass, Phase, Work
-from graphfold.sites import ActivationSite
 
-Step = tuple[str, tuple[Any, ...], dict[str, Any]]
+_SINCE = {"GELU": 9}  # opsets without the operators that a function is made of
 
 
 @dataclass(frozen=True)
@@ -36,31 +35,39 @@ class InsertActivations(Pass):
         return list(work.plan.added)
 
     def label(self, candidate: AddedAt) -> str:
-        """The tensor that the activation follows."""
-        return candidate.value.name or candidate.path
+        """The activation's JSON path."""
+        return candidate.path
+
+    def check(self, work: Work, candidate: AddedAt) -> str | None:
+        """Refuse functions that the model's opset has no operators for."""
+        needed = _SINCE.get(str(candidate.activation), 1)
+        if candidate.steps is None and work.graph.opset < needed:
+            return f"{candidate.activation} needs opset {needed}, the model has {work.graph.opset}"
+        return None
 
     def rewrite(self, work: Work, candidate: AddedAt) -> None:
         """Build the activation behind the tensor and let it take the tensor's name."""
         graph, value = work.graph, candidate.value
         work.plan.added = [added for added in work.plan.added if added is not candidate]
         readers, name = list(value.uses()), value.name or ""
-        is_output = value.is_graph_output()
-        graph.rename(value, graph.fresh_name(name))
-        builder = _Builder(graph, value, name)
-        if candidate.template is not None:
-            result = builder.copy(candidate.template)
-        else:
-            result = builder.build(str(candidate.activation))
+        is_input = value.is_graph_input()
+        shape = graph.shape(value)
+        if not is_input:
+            graph.rename(value, graph.fresh_name(name))
+        steps: Sequence[Step] = candidate.steps or _spelling(str(candidate.activation), graph.opset)
+        result = _Builder(graph, value, name).build(steps)
         result.type, result.shape = value.type, value.shape
         for usage in readers:
             usage.node.replace_input_with(usage.idx, result)
-        if is_output:
-            outputs = graph.ir.outputs
-            outputs[list(outputs).index(value)] = result
-        result.metadata_props.update(value.metadata_props)
-        graph.rename(result, name)
-        if (shape := graph.shapes.get(value.name or "")) is not None:
-            graph.shapes[name] = shape
+        if not is_input:
+            # An input of the graph keeps its name; all others leave theirs to what follows them.
+            if value.is_graph_output():
+                outputs = graph.ir.outputs
+                outputs[list(outputs).index(value)] = result
+            result.metadata_props.update(value.metadata_props)
+            graph.rename(result, name)
+        if shape is not None:
+            graph.shapes[result.name or ""] = shape
         for segment in work.plan.segments:
             if segment.input is value:
                 segment.input = result
@@ -78,36 +85,27 @@ class _Builder:
         dtype = graph.dtype(value) or ir.DataType.FLOAT
         self.dtype = dtype.numpy()
 
-    def build(self, activation: str) -> ir.Value:
-        """The named function; 'x' stands for its input, integers for earlier steps."""
+    def build(self, steps: Sequence[Step]) -> ir.Value:
+        """Add the nodes of an activation; returns what it computes."""
         results: list[ir.Value] = []
-        for op_type, arguments, attributes in _spelling(activation, self.graph.opset):
-            inputs: list[ir.Value | None] = [
-                self.value
-                if argument == "x"
-                else results[argument]
-                if isinstance(argument, int)
-                else self._constant(argument)
-                for argument in arguments
-            ]
+        for op_type, arguments, attributes in steps:
+            inputs = [self._argument(argument, results) for argument in arguments]
             results.append(self._node(op_type, inputs, attributes))
         return results[-1]
 
-    def copy(self, template: ActivationSite) -> ir.Value:
-        """The same nodes as a site of the model, reading this tensor; constants are shared."""
-        values: dict[ir.Value, ir.Value] = {template.input: self.value}
-        result = self.value
-        for node in template.nodes:
-            inputs = [None if value is None else values.get(value, value) for value in node.inputs]
-            result = self._node(node.op_type, inputs, dict(node.attributes))
-            values[node.outputs[0]] = result
-        return result
-
-    def _constant(self, number: float) -> ir.Value:
-        return self.graph.add_initializer(self.base, np.asarray(number, dtype=self.dtype))
+    def _argument(self, argument: Any, results: Sequence[ir.Value]) -> ir.Value | None:
+        if argument is None:
+            return None
+        if isinstance(argument, str):
+            return self.value
+        if isinstance(argument, int):
+            return results[argument]
+        if isinstance(argument, float):
+            argument = np.asarray(argument, dtype=self.dtype)
+        return self.graph.add_initializer(self.base, argument)
 
     def _node(
-        self, op_type: str, inputs: list[ir.Value | None], attributes: dict[str, Any]
+        self, op_type: str, inputs: list[ir.Value | None], attributes: Mapping[str, Any]
     ) -> ir.Value:
         attrs = [
             value if isinstance(value, ir.Attr) else ir.convenience.convert_attribute(key, value)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from graphfold.graph import only_consumer
 from graphfold.rewrite import Pass, Phase, Work
 from graphfold.sites import ActivationSite
 
@@ -42,5 +43,10 @@ class RemoveActivations(Pass):
             for value in candidate.nodes[0].inputs
             if value is not None and not work.graph.is_constant(value)
         )
-        work.bypass(candidate.output, source)
+        standing = work.bypass(candidate.output, source)
         work.graph.remove_dead(candidate.nodes)
+        carrier = standing.producer()
+        if carrier is not None and carrier is only_consumer(source) and source.producer():
+            # The site's own nodes were the other readers that an output's name had to spare.
+            work.bypass(standing, source)
+            work.graph.remove_dead([carrier])

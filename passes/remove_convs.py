@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphfold.graph import is_op
+from graphfold.graph import consumers, is_op
 from graphfold.rewrite import Pass, Phase, Work
 from graphfold.sites import ConvSite
 
@@ -41,15 +41,15 @@ class RemoveConvs(Pass):
         """Let readers of the site's output read its input; an emptied residual branch means x."""
         source = candidate.nodes[0].inputs[0]
         assert source is not None
-        standing = work.bypass(candidate.output, source)
+        sums = [node for node in consumers(candidate.output) if not _doubles(node)]
+        work.bypass(candidate.output, source)
         work.graph.remove_dead([*candidate.nodes])
-        _remove_doubling_adds(work, standing)
+        for node in sums:
+            added = node.inputs[0]
+            if node.graph is not None and added is not None and _doubles(node):
+                work.bypass(node.outputs[0], added)
+                work.graph.remove_dead([node])
 
 
-def _remove_doubling_adds(work: Work, value: ir.Value) -> None:
-    for usage in list(value.uses()):
-        node = usage.node
-        doubles = is_op(node, "Add") and all(source is value for source in node.inputs)
-        if doubles and node.graph is not None:
-            work.bypass(node.outputs[0], value)
-            work.graph.remove_dead([node])
+def _doubles(node: ir.Node) -> bool:
+    return is_op(node, "Add") and node.inputs[0] is node.inputs[1]
