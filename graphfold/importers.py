@@ -8,6 +8,7 @@ an ordinary plan in the model's own tensor names: importers add no semantics.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import onnx_ir as ir
@@ -25,7 +26,15 @@ from graphfold.segments import (
 from graphfold.sites import ActivationSite, ConvSite, Sites
 
 
-def expand_short_forms(graph: Graph, sites: Sites, plan: Plan) -> Plan:
+@dataclass(frozen=True)
+class Expanded:
+    """A plan without short forms, and where each of its segments stands in the user's plan."""
+
+    plan: Plan
+    paths: tuple[str, ...]
+
+
+def expand_short_forms(graph: Graph, sites: Sites, plan: Plan) -> Expanded:
     """The same plan with `keep_blocks` or `act_ind`/`conv_ind` written out as segments.
 
     Raises:
@@ -35,32 +44,33 @@ def expand_short_forms(graph: Graph, sites: Sites, plan: Plan) -> Plan:
         return _expand_keep_blocks(graph, sites, plan, plan.keep_blocks)
     if plan.act_ind is not None and plan.conv_ind is not None:
         return _expand_index_sets(graph, sites, plan, plan.act_ind, plan.conv_ind)
-    return plan
+    return Expanded(plan, tuple(f"segments[{n}]" for n in range(len(plan.segments))))
 
 
 def _written_out(
     plan: Plan,
-    segments: Iterable[Segment],
+    segments: dict[str, Segment],
     activations: Iterable[str] = (),
     convs: Iterable[str] = (),
     added: Iterable[AddedActivation] = (),
-) -> Plan:
-    return Plan(
+) -> Expanded:
+    written = Plan(
         graphfold_plan=1,
         model=plan.model,
-        segments=list(segments),
+        segments=list(segments.values()),
         remove_activations=[*plan.remove_activations, *activations],
         remove_convs=[*plan.remove_convs, *convs],
         add_activations=[*plan.add_activations, *added],
         quantize=plan.quantize,
         objective=plan.objective,
     )
+    return Expanded(written, tuple(segments))
 
 
 # --- DepthShrinker ----------------------------------------------------------------------------
 
 
-def _expand_keep_blocks(graph: Graph, sites: Sites, plan: Plan, states: Sequence[int]) -> Plan:
+def _expand_keep_blocks(graph: Graph, sites: Sites, plan: Plan, states: Sequence[int]) -> Expanded:
     blocks = inverted_residuals(graph, sites)
     if len(states) not in (len(blocks), len(blocks) + 2) or not blocks:
         raise PlanError(
@@ -76,13 +86,15 @@ def _expand_keep_blocks(graph: Graph, sites: Sites, plan: Plan, states: Sequence
             ]
         )
     loose: list[str] = []
+    first = 0
     if len(states) == len(blocks) + 2:
+        first = 1
         loose += _removed_ends(sites, blocks, states)
         states = states[1:-1]
     boundary: Boundary = plan.boundary or "exact"
-    segments = []
+    segments: dict[str, Segment] = {}
     added: list[AddedActivation] = []
-    for block, state in zip(blocks, states, strict=True):
+    for number, (block, state) in enumerate(zip(blocks, states, strict=True), first):
         if state:
             continue
         if plan.merge == "cheaper":
@@ -95,7 +107,7 @@ def _expand_keep_blocks(graph: Graph, sites: Sites, plan: Plan, states: Sequence
         else:
             has_one = sites.activation_after(block.output) is not None
             activation = None if has_one else plan.activation
-            segments.append(_block_segment(block, boundary, activation))
+            segments[f"keep_blocks[{number}]"] = _block_segment(block, boundary, activation)
     return _written_out(plan, segments, loose, added=added)
 
 
@@ -153,13 +165,13 @@ def _activation_behind(sites: Sites, value: ir.Value) -> ActivationSite | None:
 
 def _expand_index_sets(
     graph: Graph, sites: Sites, plan: Plan, act_ind: Sequence[int], conv_ind: Sequence[int]
-) -> Plan:
+) -> Expanded:
     convs = main_path_convs(graph, sites)
     _check_indices(convs, act_ind, conv_ind)
     ends = sorted({*act_ind, 0})
     kept = {*conv_ind, 0, *range(ends[-1] + 1, len(convs))}
     boundary: Boundary = plan.boundary or "hoist"
-    segments: list[Segment] = []
+    segments: dict[str, Segment] = {}
     loose: list[str] = []
     added: list[AddedActivation] = []
     for start, end in pairwise(ends):
@@ -169,7 +181,7 @@ def _expand_index_sets(
             loose += removed
             continue
         segment, extra = _index_segment(graph, sites, plan, inside, removed, boundary)
-        segments.append(segment)
+        segments[f"act_ind[{act_ind.index(end)}]"] = segment
         added += extra
     return _written_out(plan, segments, convs=loose, added=added)
 

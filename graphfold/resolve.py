@@ -72,7 +72,7 @@ def resolve_plan(graph: Graph, plan: Plan) -> ResolvedPlan:
     """
     sites = find_sites(graph)
     expanded = expand_short_forms(graph, sites, plan)
-    return _Resolver(graph, sites).resolve(expanded)
+    return _Resolver(graph, sites).resolve(expanded.plan, expanded.paths)
 
 
 class _Resolver:
@@ -86,10 +86,10 @@ class _Resolver:
         self.convs = {site.name: site for site in sites.convs}
         self.problems: list[Problem] = []
 
-    def resolve(self, plan: Plan) -> ResolvedPlan:
+    def resolve(self, plan: Plan, paths: Sequence[str]) -> ResolvedPlan:
         resolved = ResolvedPlan()
-        for number, spec in enumerate(plan.segments):
-            segment = self.segment(f"segments[{number}]", spec)
+        for path, spec in zip(paths, plan.segments, strict=True):
+            segment = self.segment(path, spec)
             if segment is not None:
                 resolved.segments.append(segment)
         self.check_overlaps(resolved.segments)
@@ -223,6 +223,8 @@ class _Resolver:
                     if not segment.nodes.isdisjoint(site.nodes):
                         what = f"{site.name!r} lies in {segment.path}"
                         hint = f"say it in {segment.path}.{key}"
+                        if site in segment.activations:
+                            hint = "the segment removes it already"
                         at = f"{key}[{names.index(site.name)}]"
                         self.problems.append(Problem(at, what, hint))
 

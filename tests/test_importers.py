@@ -20,7 +20,9 @@ from graphfold.sites import find_sites
 def expanded(proto: onnx.ModelProto, **plan: Any) -> dict[str, Any]:
     """The written-out plan as JSON without what is empty."""
     graph = graph_of(proto)
-    found = expand_short_forms(graph, find_sites(graph), read_plan({"graphfold_plan": 1, **plan}))
+    written = expand_short_forms(graph, find_sites(graph), read_plan({"graphfold_plan": 1, **plan}))
+    found = written.plan
+    assert len(written.paths) == len(found.segments)
     assert found.keep_blocks is None
     assert found.act_ind is None
     assert read_plan(found.model_dump(mode="json", exclude_defaults=True)) == Plan(
@@ -234,6 +236,32 @@ def test_shortcuts_are_not_counted():
     found = expanded(basic_blocks(), act_ind=[0, 1, 3], conv_ind=[0, 1, 2, 3])
     assert found["segments"] == [{"input": "ra2", "output": "sb", "boundary": "hoist"}]
     assert problem(basic_blocks(), act_ind=[4], conv_ind=[0]).what.endswith("the model has 0 to 3")
+
+
+def test_errors_name_the_entry_of_the_short_form():
+    b = ModelBuilder(["N", 4, "H", "W"])
+    value = inverted_residual(b, b.op("Relu", "x", out="act"), "1", 16, 4)
+    wide = b.op("Relu", b.conv(value, 16, 1, out="expand_2"), out="act_2")
+    deep = b.depthwise(wide, 3, stride=2, auto_pad="SAME_UPPER", out="depthwise_2")
+    proto = b.model(b.conv(deep, 6, 1, out="y"))
+    for plan, path in (
+        ({"keep_blocks": [1, 0]}, "keep_blocks[1]"),
+        ({"keep_blocks": [1, 1, 0, 1]}, "keep_blocks[2]"),
+        ({"act_ind": [0, 5, 1, 2], "conv_ind": [0, 1, 2, 3, 4, 5]}, "act_ind[1]"),
+    ):
+        with pytest.raises(PlanError, match="depends on a size that is not fixed") as caught:
+            reference(proto, **plan)
+        assert [each.path for each in caught.value.problems] == [path]
+
+
+def test_what_a_removed_block_removes_need_not_be_said():
+    with pytest.raises(PlanError) as caught:
+        reference(mobile(), keep_blocks=[1, 0, 1], remove_activations=["expand_act_2"])
+    (found,) = caught.value.problems
+    assert str(found) == (
+        "remove_activations[0]: 'expand_act_2' lies in keep_blocks[1] "
+        "(the segment removes it already)"
+    )
 
 
 def test_both_forms_give_verified_networks():

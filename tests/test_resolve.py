@@ -264,7 +264,7 @@ def test_loose_removals_inside_a_segment_are_refused():
         (
             "remove_activations[2]",
             "'expand_act' lies in segments[0]",
-            "say it in segments[0].remove_activations",
+            "the segment removes it already",
         ),
         (
             "remove_convs[0]",
