@@ -63,7 +63,7 @@ def optimize(
 
     Returns:
         the folded network (`.model` as a ModelProto, `.folded`), the reference network and a
-        report. For a graphsurgeon graph, `graphfold.graphsurgeon.to_graphsurgeon` converts back.
+        report; `.graphsurgeon` is the folded network as an onnx_graphsurgeon Graph.
 
     Raises:
         PlanError: the plan is malformed or does not fit; all problems at once.
@@ -109,6 +109,7 @@ def inspect(model: Any, *, input_shapes: Mapping[str, Sequence[int]] | None = No
         graph,
         model=None if loaded.path is None else str(loaded.path),
         input_shapes=input_shapes,
+        folded=trial,
         folds=[fold for each in statistics for fold in each.folds],
         skipped=[skip for each in statistics for skip in each.skipped],
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -109,6 +109,7 @@ class Inspection:
         conv_sites: convolution sites, in execution order.
         blocks: a partition of all nodes, in execution order.
         cost: of the whole network.
+        folded_cost: of the network folded without a plan, None where that was not tried.
         folds: what would fold without a plan, None where that was not tried.
         skipped: what would not, and why.
     """
@@ -122,6 +123,7 @@ class Inspection:
     conv_sites: tuple[ConvLike, ...]
     blocks: tuple[InspectedBlock, ...]
     cost: Cost
+    folded_cost: Cost | None = None
     folds: tuple[Fold, ...] | None = None
     skipped: tuple[Skip, ...] = ()
 
@@ -156,6 +158,7 @@ class Inspection:
                 for site in self.conv_sites
             ],
             "blocks": [block.to_json() for block in self.blocks],
+            "folded": None if self.folded_cost is None else self.folded_cost.total.to_json(),
             "folds": None if self.folds is None else [_fold_json(fold) for fold in self.folds],
             "skipped": [{"site": item.site, "reason": item.reason} for item in self.skipped],
         }
@@ -179,22 +182,26 @@ class Inspection:
         return make_table(title, ("", "name", "type", "shape"), rows, text_columns=4)
 
     def _totals(self) -> Table:
-        cost = self.cost
-        rows = [
-            ("nodes", tables.count(len(cost.nodes))),
-            ("activations", tables.count(len(self.sites))),
-            ("convolutions", tables.count(len(self.conv_sites))),
-            ("MACs (conv + fc)", tables.count(cost.macs)),
-            ("MACs (fvcore, train)", tables.count(cost.macs_fvcore)),
-            ("parameters", tables.count(cost.params)),
-            ("weights", tables.size(cost.weight_bytes)),
-            ("peak activations", tables.size(cost.peak_bytes)),
-            ("memory traffic", tables.size(cost.traffic_bytes)),
+        cost, after = self.cost, self.folded_cost
+        figures: list[tuple[str, Callable[[Cost], str | None]]] = [
+            ("nodes", lambda each: tables.count(len(each.nodes))),
+            ("convolutions", lambda each: tables.count(each.ops.get("Conv", 0))),
+            ("MACs (conv + fc)", lambda each: tables.count(each.macs)),
+            ("parameters", lambda each: tables.count(each.params)),
+            ("weights", lambda each: tables.size(each.weight_bytes)),
+            ("peak activations", lambda each: tables.size(each.peak_bytes)),
+            ("memory traffic", lambda each: tables.size(each.traffic_bytes)),
         ]
+        rows = [
+            (name, figure(cost), None if after is None else figure(after))
+            for name, figure in figures
+        ]
+        rows.insert(4, ("MACs (fvcore, train)", tables.count(cost.macs_fvcore), None))
         note = None
         if cost.unknown:
             note = f"Not counted: {cost.unknown[0]}. --input-shape fixes unknown sizes."
-        return make_table("Totals, one image", ("", "value"), rows, note=note)
+        columns = ("", "now", "folded without a plan")
+        return make_table("Totals, one image", columns, rows, note=note)
 
     def _blocks(self) -> Table:
         rows = [
@@ -271,6 +278,7 @@ def build_inspection(
     conv_sites: Sequence[ConvLike] | None = None,
     blocks: Sequence[BlockLike] | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
+    folded: Graph | None = None,
     folds: Sequence[Fold] | None = None,
     skipped: Sequence[Skip] = (),
 ) -> Inspection:
@@ -283,6 +291,7 @@ def build_inspection(
         conv_sites: convolution sites.
         blocks: a partition of all nodes.
         input_shapes: sizes for the cost figures where the model leaves them open.
+        folded: the network folded without a plan, None where that was not tried.
         folds: what would fold without a plan, None where that was not tried.
         skipped: what would not, and why.
     """
@@ -302,6 +311,7 @@ def build_inspection(
         conv_sites=tuple(conv_sites),
         blocks=tuple(_inspected_blocks(blocks, sites, conv_sites, cost)),
         cost=cost,
+        folded_cost=None if folded is None else analyze(folded, input_shapes=input_shapes),
         folds=None if folds is None else tuple(folds),
         skipped=tuple(skipped),
     )

@@ -31,6 +31,7 @@ from graphfold.rewrite import (
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
     from graphfold.verification import Verification
@@ -54,6 +55,13 @@ class Result:
     def model(self) -> onnx.ModelProto:
         """The folded network as an onnx.ModelProto."""
         return to_proto(self.folded)
+
+    @property
+    def graphsurgeon(self) -> gs.Graph:
+        """The folded network as an onnx_graphsurgeon.Graph."""
+        from graphfold.graphsurgeon import to_graphsurgeon
+
+        return to_graphsurgeon(self.folded)
 
 
 @dataclass
