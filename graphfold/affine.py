@@ -12,6 +12,7 @@ known before any array is touched.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -142,6 +143,38 @@ class AffineConv:
         diagonal = np.arange(merge)
         dense[:, diagonal, :, diagonal] = np.moveaxis(blocks, 1, 0)
         return replace(self, weight=dense.reshape(out, merge * width, *kernel), groups=groups)
+
+    def apply(self, x: Array) -> Array:
+        """The map's values on an input, in float64: one matrix product per tap.
+
+        Args:
+            x: [N, I, *sizes].
+
+        Returns:
+            [N, O, *output sizes].
+        """
+        sizes = x.shape[2:]
+        outputs = tuple(axis.output_size(size) for axis, size in zip(self.axes, sizes, strict=True))
+        batch, out = x.shape[0], self.weight.shape[0]
+        padded = _padded(x, self.axes)
+        total = np.zeros((batch, self.groups, out // self.groups, math.prod(outputs)))
+        for tap in np.ndindex(*self.weight.shape[2:]):
+            window = tuple(
+                slice(
+                    t * axis.dilation,
+                    t * axis.dilation + (count - 1) * axis.stride + 1,
+                    axis.stride,
+                )
+                for t, axis, count in zip(tap, self.axes, outputs, strict=True)
+            )
+            seen = padded[(slice(None), slice(None), *window)]
+            seen = seen.reshape(batch, self.groups, -1, math.prod(outputs))
+            taps = self.weight[(slice(None), slice(None), *tap)]
+            total += _block_product(taps.reshape(self.groups, out // self.groups, -1), seen)
+        result = total.reshape(batch, out, *outputs) + self.bias.reshape(-1, *[1] * len(outputs))
+        if self.border is not None:
+            result += self.border_map(sizes) - self.bias.reshape(-1, *[1] * len(outputs))
+        return np.asarray(result)
 
     def border_table(self, sizes: Sequence[int]) -> tuple[Array, tuple[NDArray[np.int64], ...]]:
         """The constant map (bias and border) compressed to its distinct rows per axis.
@@ -320,6 +353,17 @@ def _groups_after_take(conv: AffineConv, rows: NDArray[np.int64]) -> int:
         if np.array_equal(owners, expected):
             return conv.groups
     return 1
+
+
+def _padded(x: Array, axes: tuple[Axis, ...]) -> Array:
+    """X zero-padded, or cropped where padding is negative, along its spatial axes."""
+    amounts = [(max(0, axis.begin), max(0, axis.end)) for axis in axes]
+    padded = np.pad(x, [(0, 0), (0, 0), *amounts])
+    crops = tuple(
+        slice(max(0, -axis.begin), size - max(0, -axis.end))
+        for axis, size in zip(axes, padded.shape[2:], strict=True)
+    )
+    return padded[(slice(None), slice(None), *crops)]
 
 
 def _valid_taps(axis: Axis, size: int) -> Array:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from graphfold.bounds import coefficients
 from graphfold.emit import Emitter, choose_repair, emit_affine, without_cropping
 from graphfold.errors import NotExactError
 from graphfold.geometry import Geometry
@@ -124,7 +125,11 @@ def merge_region(work: Work, candidate: MergeCandidate, pass_name: str) -> Fold:
         pass_name=pass_name,
         segment=segment.path if segment else None,
         macs=macs,
+        input=region.entry.name,
+        coefficients=coefficients(final),
     )
+    if work.affines is not None:
+        work.affines[fold.output] = final
     made.metadata_props[FOLD_KEY] = fold_record(fold)
     return fold
 

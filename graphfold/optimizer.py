@@ -110,6 +110,7 @@ def optimize_model(
             segments=reference.segments,
             allow_growth=allow_growth,
             repair=border_repair,
+            affines={} if verify else None,
         )
         statistics = run_passes(chosen, Phase.FOLD, work, progress)
     folded = work.graph.model
@@ -119,7 +120,7 @@ def optimize_model(
     if verify:
         with clock.stage("verify", progress):
             verification = _verify(
-                source, reference, folded, statistics, inputs, input_shapes, tolerance, progress
+                source, reference, work, statistics, inputs, input_shapes, tolerance, progress
             )
         _refuse_failure(verification, require_verify)
     with clock.stage("report", progress):
@@ -185,7 +186,7 @@ def _strip(model: Model) -> None:
 def _verify(
     source: Model,
     reference: Reference,
-    folded: Model,
+    work: Work,
     statistics: Sequence[PassStatistics],
     inputs: Iterable[Mapping[str, NDArray[Any]]] | None,
     input_shapes: Mapping[str, Sequence[int]] | None,
@@ -194,6 +195,7 @@ def _verify(
 ) -> Verification:
     from graphfold.verifier import verify as compare
 
+    folded = work.graph.model
     differences = compare_interfaces(source, folded)
     if differences:
         raise VerificationError(
@@ -207,6 +209,7 @@ def _verify(
         inputs=inputs,
         input_shapes=input_shapes,
         original=source,
+        affines=work.affines,
         tolerance=tolerance,
         progress=progress,
     )

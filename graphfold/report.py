@@ -117,7 +117,6 @@ class Report:
         statistics: per pass.
         verification: outcome, None where it was not asked for.
         seconds: time per stage.
-        bounds: rounding error bound per fold output, relative to the tensor's scale.
         block_changes: cost per block of the input, before and after.
         warnings: for the user, in order.
     """
@@ -134,7 +133,6 @@ class Report:
     statistics: tuple[PassStatistics, ...]
     verification: Verification | None
     seconds: dict[str, float]
-    bounds: dict[str, float] = field(default_factory=dict)
     block_changes: tuple[BlockChange, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -196,7 +194,9 @@ class Report:
             "repair": fold.repair,
             "pass": fold.pass_name,
             "segment": fold.segment,
-            "bound": self.bounds.get(fold.output),
+            "bound": errors.get("bound"),
+            "estimate": errors.get("estimate"),
+            "rounding": errors.get("rounding"),
             "max_error": errors.get("max_error"),
             "interior_max": errors.get("interior_max"),
             "border_max": errors.get("border_max"),
@@ -376,7 +376,6 @@ def build_report(
     plan_digest: str | None = None,
     version: str = "",
     input_shapes: Mapping[str, Sequence[int]] | None = None,
-    bounds: Mapping[str, float] | None = None,
     warnings: Sequence[str] = (),
 ) -> Report:
     """Gather a report.
@@ -395,7 +394,6 @@ def build_report(
         plan_digest: sha256 of the plan.
         version: of graphfold.
         input_shapes: sizes for the cost figures where the model leaves them open.
-        bounds: rounding error bound per fold output.
         warnings: for the user; the verification's own are added.
     """
     if not isinstance(before, Snapshot):
@@ -416,7 +414,6 @@ def build_report(
         statistics=tuple(statistics),
         verification=verification,
         seconds=dict(seconds),
-        bounds=dict(bounds or {}),
         block_changes=tuple(_block_changes(before, after)),
         warnings=(*warnings, *(verification.warnings if verification else ())),
     )

@@ -10,12 +10,14 @@ import pkgutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from graphfold.affine import AffineConv
+from graphfold.bounds import Coefficients
 from graphfold.errors import UsageError
 from graphfold.graph import Graph, node_label
 from graphfold.plan import Boundary, nearest
@@ -49,6 +51,8 @@ class Fold:
         segment: JSON path of the plan's segment, None for a loose run.
         macs: multiply-accumulates per image of the convolutions before and after; None where
             sizes are not fixed.
+        input: tensor that the merge reads.
+        coefficients: the input-free part of its rounding bound, see `graphfold.bounds`.
     """
 
     output: str
@@ -62,6 +66,8 @@ class Fold:
     pass_name: str
     segment: str | None = None
     macs: tuple[int, int] | None = None
+    input: str | None = None
+    coefficients: Coefficients | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,8 @@ class Work:
     segments: Sequence[SegmentNames] = ()
     allow_growth: bool = False
     repair: str | None = None
+    # The folds in float64 by output tensor, where their rounding is going to be measured.
+    affines: dict[str, AffineConv] | None = None
     # Nodes of segments, and the convolutions they became: loose merges stop there.
     barrier: set[ir.Node] = field(default_factory=set)
 
@@ -262,12 +270,17 @@ def replaced_labels(metadata: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(json.loads(metadata[f"{METADATA_PREFIX}replaces"]))
 
 
-_RECORDED = ("kernel", "strides", "groups", "boundary", "repair", "reach", "segment", "macs")
+_RECORDED = (
+    *("input", "kernel", "strides", "groups", "boundary", "repair", "reach", "segment", "macs"),
+)
 
 
 def fold_record(fold: Fold) -> str:
     """A fold as the JSON that its last node carries under FOLD_KEY."""
-    return json.dumps({name: getattr(fold, name) for name in _RECORDED})
+    record = {name: getattr(fold, name) for name in _RECORDED}
+    if fold.coefficients is not None:
+        record["bound"] = asdict(fold.coefficients)
+    return json.dumps(record)
 
 
 def recorded_folds(graph: ir.Graph) -> list[Fold]:
@@ -291,6 +304,8 @@ def recorded_folds(graph: ir.Graph) -> list[Fold]:
                 pass_name=node.metadata_props[f"{METADATA_PREFIX}pass"],
                 segment=found["segment"],
                 macs=None if found["macs"] is None else tuple(found["macs"]),
+                input=found["input"],
+                coefficients=Coefficients(**found["bound"]) if "bound" in found else None,
             )
         )
     return folds

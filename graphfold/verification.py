@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from graphfold.bounds import RoundingError
     from graphfold.comparison import Difference
     from graphfold.rewrite import Fold
 
@@ -105,6 +106,7 @@ class FoldComparison:
     interior_abs: float | None
     border_abs: float | None
     limit: float | None
+    rounding: RoundingError | None = None
 
     @classmethod
     def missing(cls, fold: Fold) -> FoldComparison:
@@ -131,6 +133,9 @@ class FoldComparison:
             "max_error": number(self.relative(self.max_abs)),
             "interior_max": number(self.relative(self.interior_abs)),
             "border_max": number(self.relative(self.border_abs)),
+            "bound": number(self.relative(self.rounding.bound)) if self.rounding else None,
+            "estimate": number(self.relative(self.rounding.estimate)) if self.rounding else None,
+            "rounding": number(self.relative(self.rounding.measured)) if self.rounding else None,
         }
 
 
@@ -194,13 +199,15 @@ class Verification:
         if self.passed is not False:
             return None
         failed = [item for item in self.outputs if not item.passed]
+        blame = self.first_failing_fold
+        if not failed and blame is not None:
+            return f"the outputs agree, and a fold does not: {_describe_fold(blame)}"
         if not failed:
             return self.reason or "verification failed"
         worst = max(failed, key=lambda item: item.off.max_rel)
         text = worst.describe_failure()
         if len(failed) > 1:
             text += f"; {len(failed) - 1} more outputs are out of tolerance"
-        blame = self.first_failing_fold
         if blame is not None:
             text += f"; first deviation: {_describe_fold(blame)}"
         elif self.folds:

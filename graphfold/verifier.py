@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from graphfold import comparison, specs
+from graphfold.bounds import RoundingError, rounding_error
 from graphfold.comparison import ABSOLUTE_FLOOR, Difference, tolerance_for
 from graphfold.errors import DataError
 from graphfold.feeds import as_float, describe_feed, first_that_runs, second_feed
@@ -30,6 +31,7 @@ from graphfold.verification import FoldComparison, OutputComparison, Verificatio
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from graphfold.affine import AffineConv
     from graphfold.model import Model
     from graphfold.rewrite import Fold
 
@@ -49,6 +51,7 @@ def verify(
     inputs: Iterable[Mapping[str, NDArray[Any]]] | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     original: Model | None = None,
+    affines: Mapping[str, AffineConv] | None = None,
     tolerance: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -69,6 +72,7 @@ def verify(
             it runs that too.
         input_shapes: sizes for random inputs by input name ("" for the only input).
         original: the user's input model, `reference` by default.
+        affines: folds in float64 by output tensor, whose own rounding is measured and bounded.
         tolerance: default 1e-4 for float32, 32 unit roundoffs for float16 and bfloat16.
         seed: of the random inputs.
         progress: called with (stage, done, total).
@@ -86,6 +90,7 @@ def verify(
         candidate=candidate,
         original=reference if original is None else original,
         folds=tuple(folds),
+        affines=affines or {},
         tolerance=tolerance,
         progress=progress or _no_progress,
     )
@@ -109,6 +114,7 @@ class _Job:
     candidate: Model
     original: Model
     folds: tuple[Fold, ...]
+    affines: Mapping[str, AffineConv]
     tolerance: float | None
     progress: Progress
     feeds: list[Arrays] = field(default_factory=list)
@@ -208,7 +214,10 @@ class _Job:
     def _compare(self, started: float) -> Verification:
         tensors = [fold.output for fold in self.folds]
         expected_off, expected_folds = self._outputs("reference", self.reference, False, tensors)
-        actual_off, actual_folds = self._outputs("candidate", self.candidate, False, tensors)
+        read = [fold.input for fold in self.folds if fold.output in self.affines and fold.input]
+        actual_off, actual_folds = self._outputs(
+            "candidate", self.candidate, False, list(dict.fromkeys([*tensors, *read]))
+        )
         missing = [name for name in expected_off if name not in actual_off]
         if missing:
             raise _SideError(
@@ -226,6 +235,15 @@ class _Job:
         )
         passed: bool | None = all(output.passed for output in outputs)
         reason = None
+        deviating = [item.fold.output for item in folds if not item.passed]
+        if deviating and self._rounds():
+            self.warnings.append(
+                f"{len(deviating)} fold tensors deviate, {deviating[0]!r} first, within what the "
+                "network's own quantization rounds away"
+            )
+        elif deviating:
+            # A saturating activation behind a fold can hide what the outputs do not show.
+            passed = False
         if not outputs:
             passed, reason = None, "every output differs between two runs of the input model"
         return self._result(started, passed=passed, reason=reason, outputs=outputs, folds=folds)
@@ -254,6 +272,11 @@ class _Job:
                     if name.split("[")[0] in graph_outputs or name in graph_outputs:
                         outputs.setdefault(name, []).append(array)
         return outputs, inner
+
+    def _rounds(self) -> bool:
+        """Whether the network rounds inside, so that a last bit may become a whole step."""
+        rounding = {"QuantizeLinear", "DynamicQuantizeLinear", "Round", "Floor", "Ceil", "Sign"}
+        return any(node.op_type in rounding for node in self.reference.ir.graph)
 
     def _limit(self, found: Difference, dtype: str) -> float:
         return tolerance_for(dtype, self.tolerance) * found.scale + ABSOLUTE_FLOOR
@@ -319,7 +342,24 @@ class _Job:
                 yield FoldComparison.missing(fold)
             else:
                 count = min(len(left), len(right))
-                yield self._fold_comparison(fold, left[:count], right[:count])
+                found = self._fold_comparison(fold, left[:count], right[:count])
+                yield replace(found, rounding=self._rounding(fold, actual))
+
+    def _rounding(self, fold: Fold, actual: dict[str, list[NDArray[Any]]]) -> RoundingError | None:
+        """The fold's own rounding on the first image that it read."""
+        affine = self.affines.get(fold.output)
+        sources = actual.get(fold.input or "", [])
+        results = actual[fold.output]
+        if fold.input in self.feeds[0]:
+            sources = [np.asarray(self.feeds[0][fold.input])]
+        if affine is None or not sources or not results:
+            return None
+        found = rounding_error(affine, sources[0][:1], results[0][:1])
+        if found is not None and not found.holds:
+            self.warnings.append(
+                f"the error of {fold.output!r}, {found.measured:.3g}, exceeds its rounding bound"
+            )
+        return found
 
     def _fold_comparison(
         self, fold: Fold, expected: list[NDArray[Any]], actual: list[NDArray[Any]]

@@ -85,11 +85,6 @@ def test_errors_of_a_fold_are_told_apart_by_interior_and_border():
     assert fold["max_error"] == fold["border_max"]
 
 
-def test_bounds_are_told_where_they_are_known():
-    assert a_report().to_json()["folds"][0]["bound"] is None
-    assert a_report(bounds={"y": 1e-6}).to_json()["folds"][0]["bound"] == 1e-6
-
-
 def test_without_a_verification_there_is_a_reason():
     found = a_report(verified=False).to_json()
     assert found["verification"] is None
