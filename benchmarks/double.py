@@ -1,7 +1,8 @@
 """An ONNX network in float64: what its float32 results are measured against.
 
 onnxruntime has no float64 convolution, so onnx's own reference evaluator runs the network, its
-constants widened, with torch's convolution in place of its slow one.
+constants widened, with torch's convolution in place of its slow one, and with a normalisation of
+its own: before opset 14 the evaluator's takes the mere presence of `momentum` for training.
 """
 
 from __future__ import annotations
@@ -42,6 +43,23 @@ class Conv(OpRun):
         return (result.numpy(),)
 
 
+class BatchNormalization(OpRun):
+    """Normalisation by stored statistics."""
+
+    def _run(
+        self,
+        x: Array,
+        scale: Array,
+        bias: Array,
+        mean: Array,
+        variance: Array,
+        **attributes: Any,
+    ) -> tuple[Array]:
+        factor = scale / np.sqrt(variance + attributes.get("epsilon", 1e-5))
+        shape = (1, -1, 1, 1)
+        return (x * factor.reshape(shape) + (bias - mean * factor).reshape(shape),)
+
+
 def widened(proto: onnx.ModelProto) -> onnx.ModelProto:
     """A copy whose float32 constants, inputs and outputs are float64."""
     copy = onnx.ModelProto()
@@ -67,7 +85,7 @@ def evaluate(proto: onnx.ModelProto, x: NDArray[Any], names: Sequence[str]) -> d
     wide.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, double, None) for name in names
     )
-    evaluator = ReferenceEvaluator(wide, new_ops=[Conv])
+    evaluator = ReferenceEvaluator(wide, new_ops=[Conv, BatchNormalization])
     values: Any = evaluator.run(None, {proto.graph.input[0].name: x.astype(np.float64)})
     found = dict(zip(names, values, strict=True))
     assert all(value.dtype == np.float64 for value in found.values())

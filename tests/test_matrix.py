@@ -16,6 +16,9 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 import matrix  # noqa: E402
 import plans  # noqa: E402
 
+import graphfold  # noqa: E402
+from graphfold.model import to_proto  # noqa: E402
+
 
 @pytest.mark.parametrize(
     ("form", "mask"),
@@ -35,6 +38,21 @@ def test_folded_equals_reference(form: matrix.Form, mask: str):
         assert folded == original - 2 * removed + repairs
     assert exact.by_hand_error == 0  # the reference is the same network, operator by operator
     assert hoist.by_hand_error is None
+
+
+def test_in_float64_folding_is_exact_to_float64():
+    form, mask = matrix.QUICK[0]
+    proto = matrix.exported(form, None)
+    cell = matrix.run_cell(proto, form, mask, "exact")
+    plan = plans.keep_blocks(form.network, mask)
+    result = graphfold.optimize(proto, plan, verify=False)
+    double = matrix.in_double(cell, proto, to_proto(result.reference), result.model)
+    assert double.double_error is not None
+    assert 0 < double.double_error < 1e-12
+    assert double.double_folded is not None
+    assert double.double_reference is not None
+    assert 1e-8 < double.double_folded < matrix.TOLERANCE
+    assert 1e-8 < double.double_reference < matrix.TOLERANCE
 
 
 def test_every_dimension_is_in_the_quick_part():
