@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from graphfold import constants
+
 if TYPE_CHECKING:
     from graphfold.model import Model
 
@@ -20,7 +22,6 @@ Dim = int | str | None
 TensorShape = tuple[Dim, ...]
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
-_TRANSPARENT = frozenset({"Identity"})
 # From this IR version on, an initializer that is also a graph input is a default value.
 _OPTIONAL_INPUTS_IR_VERSION = 4
 
@@ -79,6 +80,7 @@ class Graph:
         self.shapes = infer_shapes(model) if shapes is None else shapes
         self._names = _all_names(self.ir)
         self._constants: dict[ir.Value, NDArray[Any] | None] = {}
+        self._is_constant: dict[ir.Value, bool] = {}
         self._dtypes: dict[ir.Value, ir.DataType | None] = {}
         self._moved: dict[ir.Value, ir.Value] = {}
 
@@ -136,7 +138,10 @@ class Graph:
             return value.dtype
         if value.const_value is not None:
             return value.const_value.dtype
-        if is_op(value.producer(), "Constant"):
+        producer = value.producer()
+        if producer is not None and is_op(producer, "Cast"):
+            return ir.DataType(attribute(producer, "to"))
+        if is_op(producer, "Constant", "ConstantOfShape"):
             constant = self.constant(value)
             return None if constant is None else ir.DataType.from_numpy(constant.dtype)
         return None
@@ -159,18 +164,24 @@ class Graph:
         return self._constants[value]
 
     def is_constant(self, value: ir.Value | None) -> bool:
-        """Like `constant(value) is not None`, without reading the tensor's data."""
+        """Like `constant(value) is not None`, without reading large tensors' data."""
         if value is None:
             return False
+        if value not in self._is_constant:
+            self._is_constant[value] = self._find_out_constant(value)
+        return self._is_constant[value]
+
+    def _find_out_constant(self, value: ir.Value) -> bool:
         if value.is_initializer():
-            is_input = value.is_graph_input() and self.is_overridable(value)
-            return value.const_value is not None and not is_input
+            return value.const_value is not None and not self.is_overridable(value)
         producer = value.producer()
-        if producer is None:
+        if producer is None or has_reference_attributes(producer):
             return False
         if is_op(producer, "Constant"):
-            return not has_reference_attributes(producer)
-        return is_op(producer, *_TRANSPARENT) and self.is_constant(producer.inputs[0])
+            return True
+        if not is_op(producer, *constants.TRANSPARENT):
+            return False
+        return all(self.is_constant(source) for source in producer.inputs if source is not None)
 
     def _constant(self, value: ir.Value) -> NDArray[Any] | None:
         if not self.is_constant(value):
@@ -181,7 +192,8 @@ class Graph:
         assert producer is not None
         if is_op(producer, "Constant"):
             return _constant_node_value(producer)
-        return self.constant(producer.inputs[0])
+        inputs = [None if source is None else self.constant(source) for source in producer.inputs]
+        return constants.evaluate(producer, inputs)
 
     def current(self, value: ir.Value) -> ir.Value:
         """The tensor that stands for `value` after what was replaced and bypassed since."""

@@ -33,6 +33,8 @@ from graphfold.rewrite import Work
 # Stands for sizes that are not fixed: costs are compared with one another, so any size that
 # leaves room for borders ranks them alike.
 NOMINAL_SIZE = 64
+# Operators that may lead to a convolution: one tensor in, the same channels out.
+_LEADING = (*PER_CHANNEL, "Neg", "Pad", "Identity", "Dropout")
 # How far ahead a piece may reach; kernels of longer merges grow beyond any use.
 _LONGEST_PIECE = 24
 
@@ -62,6 +64,7 @@ class Link:
     """One operator of a chain with the fixed and the nominal sizes of what it reads."""
 
     node: ir.Node
+    source: ir.Value
     operator: LinearOperator
     sizes: tuple[int | None, ...]
     nominal: tuple[int, ...]
@@ -97,9 +100,7 @@ class Chain:
     def region(self, start: int, end: int) -> Region:
         """The nodes start..end-1 as a region."""
         nodes = tuple(link.node for link in self.links[start:end])
-        entry = nodes[0].inputs[0]
-        assert entry is not None
-        return Region(entry, nodes[-1].outputs[0], nodes)
+        return Region(self.links[start].source, nodes[-1].outputs[0], nodes)
 
     @property
     def convs(self) -> int:
@@ -121,32 +122,42 @@ def chains(work: Work) -> Iterator[Chain]:
     for node in work.graph.nodes():
         if node in taken or node in work.barrier or not is_op(node, "Conv"):
             continue
-        chain = _chain_from(work, _with_pad_before(work, node))
+        chain = _chain_from(work, node)
         if chain is not None:
             taken.update(link.node for link in chain.links)
             yield chain
 
 
-def _with_pad_before(work: Work, conv: ir.Node) -> ir.Node:
-    """The zero padding that only this convolution reads, where it has one; else itself."""
-    source = conv.inputs[0]
-    pad = source.producer() if source is not None else None
+def _first_before(work: Work, conv: ir.Node) -> ir.Node:
+    """The first of the linear operators that lead to this convolution and to nothing else."""
     weight = work.graph.shape(conv.inputs[1])
-    if pad is None or source is None or weight is None or pad in work.barrier:
-        return conv
-    if not is_op(pad, "Pad") or only_consumer(source) is not conv:
-        return conv
+    first = conv
+    while weight is not None:
+        sources = variable_inputs(work.graph, first)
+        before = sources[0].producer() if len(sources) == 1 else None
+        if before is None or before in work.barrier or before.graph is not work.graph.ir:
+            break
+        if not is_op(before, *_LEADING) or only_consumer(before.outputs[0]) is not first:
+            break
+        if is_op(before, "Pad") and not _pads_with_zeros(work, before, len(weight)):
+            break
+        if len(variable_inputs(work.graph, before)) != 1:
+            break
+        first = before
+    return first
+
+
+def _pads_with_zeros(work: Work, pad: ir.Node, rank: int) -> bool:
     try:
-        zero_padding(pad, work.graph, len(weight))
+        zero_padding(pad, work.graph, rank)
     except NotExactError:
-        return conv
-    return pad
+        return False
+    return True
 
 
-def _chain_from(work: Work, first: ir.Node) -> Chain | None:
+def _chain_from(work: Work, conv: ir.Node) -> Chain | None:
+    """The chain around a convolution; what leads to it keeps the number of channels."""
     graph = work.graph
-    conv = first if is_op(first, "Conv") else only_consumer(first.outputs[0])
-    assert conv is not None
     weight = graph.shape(conv.inputs[1])
     if weight is None or conv.inputs[1] is None or not graph.is_constant(conv.inputs[1]):
         return None
@@ -155,8 +166,8 @@ def _chain_from(work: Work, first: ir.Node) -> Chain | None:
     rank = len(weight) - 2
     groups = conv.attributes["group"].as_int() if "group" in conv.attributes else 1
     channels = (weight[1] if isinstance(weight[1], int) else 0) * groups
-    source = first.inputs[0]
-    sizes = graph.sizes(source) or (None,) * rank
+    first = _first_before(work, conv)
+    sizes = graph.sizes(variable_inputs(graph, first)[0]) or (None,) * rank
     nominal = tuple(NOMINAL_SIZE if size is None else size for size in sizes)
     links: list[Link] = []
     node: ir.Node | None = first
@@ -170,7 +181,7 @@ def _chain_from(work: Work, first: ir.Node) -> Chain | None:
         except NotExactError:
             break
         folds = bool(links) and links[-1].is_conv_or_folded and is_op(node, *PER_CHANNEL)
-        links.append(Link(node, operator, sizes, nominal, folds))
+        links.append(Link(node, sources[0], operator, sizes, nominal, folds))
         geometry = operator.geometry
         channels = geometry.out_channels
         sizes = tuple(
@@ -225,7 +236,8 @@ def _piece_costs(work: Work, links: Sequence[Link], start: int) -> Iterator[tupl
         except NotExactError:
             return
         convs += link.is_conv
-        if convs > 1:
+        # What stands behind a convolution folds into it at no cost (fold_batchnorm).
+        if convs > 1 or (convs == 1 and not first.is_conv):
             with suppress(NotExactError):
                 yield end, merged_cost(work, merged, first.sizes, first.nominal)
 

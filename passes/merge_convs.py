@@ -2,7 +2,8 @@
 
 y = W2 * (W1 * x + b1) + b2 with nothing between is one convolution: kernels compose over the
 middle channels, offsets are {a*d1 + b*d2*s1}, strides multiply, padding of the second counts s1
-times (see graphfold.affine). BatchNormalization and per-channel constants in the chain fold in.
+times (see graphfold.affine). BatchNormalization, per-channel constants and zero Pads in the chain
+fold in, those that lead to its first convolution too.
 
 Where the second convolution zero-pads, its padding is zero and not b1; the bias is then carried
 by a border kernel and repaired exactly (graphfold.emit). Refused: a window larger than one whose
@@ -48,7 +49,7 @@ class MergeConvs(Pass):
             # Their nodes are a barrier to loose runs: those are looked for in the next sweep.
             return found
         for chain in chains(work):
-            if chain.convs > 1:
+            if chain.convs > 1 or not chain.links[0].is_conv:
                 found += _loose(work, chain)
         return found + list(_behind_repairs(work))
 
@@ -78,6 +79,9 @@ def _loose(work: Work, chain: Chain) -> Iterable[MergeCandidate | _Refused]:
     if pieces:
         return
     convs = [position for position, link in enumerate(chain.links) if link.is_conv]
+    if convs[0] > 0:
+        name = chain.links[convs[0]].node.outputs[0].name or ""
+        yield _Refused(name, why_separate(work, chain, 0, convs[0]))
     for first, second in pairwise(convs):
         name = chain.links[second].node.outputs[0].name or ""
         yield _Refused(name, why_separate(work, chain, first, second))

@@ -538,3 +538,55 @@ def test_any_chain_keeps_its_function(data: st.DataObject):
     model = build.model(value)
     folded, _ = fold(model, allow_growth=data.draw(st.booleans()))
     assert_same_function(model, folded, reach=3)
+
+
+# --- what leads to a convolution ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op_type", ["Mul", "Div", "Add", "Sub"])
+@pytest.mark.parametrize("shape", [(), (1, 6, 1, 1), (6, 1, 1)])
+def test_constants_before_an_unpadded_convolution_fold_into_it(
+    op_type: str, shape: tuple[int, ...]
+):
+    build = ModelBuilder([1, 6, 9, 8])
+    value = build.op(op_type, "x", build.constant(nonzero(build.rng, *shape)))
+    model = build.model(build.conv(value, 6, 3, out="y"))
+    assert op_types(assert_merges(model, 1)) == ["Conv"]
+
+
+def test_a_normalisation_before_an_unpadded_convolution_folds_into_it():
+    build = ModelBuilder([1, 6, 9, 8])
+    model = build.model(build.conv(build.norm("x"), 4, 3, stride=2, out="y"))
+    assert op_types(assert_merges(model, 1)) == ["Conv"]
+
+
+def test_a_normalisation_before_a_padded_convolution_is_repaired_where_that_is_cheaper():
+    build = ModelBuilder([1, 16, 9, 8])
+    narrow = build.model(build.conv(build.norm("x"), 4, 3, pad=1, out="y"))
+    folded = assert_merges(narrow, 1)
+    assert "BatchNormalization" not in op_types(folded)
+    build = ModelBuilder([1, 4, 9, 8])
+    wide = build.model(build.conv(build.norm("x"), 16, 3, pad=1, out="y"))
+    assert "raises cost" in assert_left_alone(wide)["y"]
+
+
+def test_a_zero_pad_and_constants_in_any_order_fold_into_the_convolution_behind():
+    build = ModelBuilder([1, 5, 9, 8])
+    value = build.pad("x", [0, 0, 1, 2], [0, 0, 0, 1])
+    value = build.op("Neg", build.op("Mul", value, build.constant(nonzero(build.rng, 5, 1, 1))))
+    folded = assert_merges(build.model(build.conv(value, 7, 3, out="y")), 1)
+    assert attributes_of(node_making(folded, "y"))["pads"] == [1, 2, 0, 1]
+    assert op_types(folded) == ["Conv"]
+
+
+def test_a_constant_on_a_tensor_that_others_read_stays():
+    build = ModelBuilder([1, 5, 9, 8])
+    scaled = build.op("Mul", "x", build.constant(nonzero(build.rng, 5, 1, 1)), out="scaled")
+    first, second = build.conv(scaled, 7, 3), build.conv(scaled, 7, 3)
+    assert_left_alone(build.model(first, second))
+
+
+def test_a_row_of_constants_as_long_as_there_are_channels_stays():
+    build = ModelBuilder([1, 8, 9, 8])
+    scaled = build.op("Mul", "x", build.constant(nonzero(build.rng, 8)))
+    assert_left_alone(build.model(build.conv(scaled, 4, 3)))

@@ -1,0 +1,67 @@
+"""Constants that exporters spell as small computations: reshaped, transposed, cast or filled.
+
+Real exports have weights behind such chains (paddle2onnx reshapes every bias; the "light" models
+of the onnx package fill theirs). Only operators that move or fill values are followed; arithmetic
+is left to a constant folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+TRANSPARENT = frozenset(
+    {"Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"}
+    | {"ConstantOfShape"}
+)
+
+
+def evaluate(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
+    """The value of a transparent operator on constants; None where it cannot be told."""
+    if not inputs or inputs[0] is None:
+        return None
+    data = inputs[0]
+    second = inputs[1] if len(inputs) > 1 else None
+    if node.op_type == "Identity":
+        return data
+    if node.op_type == "Cast":
+        return data.astype(ir.DataType(_attribute(node, "to")).numpy())
+    if node.op_type == "Reshape":
+        return _reshape(node, data, second)
+    if node.op_type == "Transpose":
+        return np.transpose(data, _attribute(node, "perm"))
+    if node.op_type == "Flatten":
+        axis = _attribute(node, "axis", 1) % (data.ndim + 1)
+        return data.reshape(int(np.prod(data.shape[:axis])), -1)
+    if node.op_type == "ConstantOfShape":
+        fill = _attribute(node, "value")
+        value = np.zeros(1, np.float32) if fill is None else fill.numpy()
+        return np.full(tuple(int(size) for size in data), value.reshape(-1)[0], value.dtype)
+    return _change_axes(node, data, second)
+
+
+def _reshape(node: ir.Node, data: Array, second: Array | None) -> Array | None:
+    target = _attribute(node, "shape") if second is None else second.tolist()
+    if target is None:
+        return None
+    if not _attribute(node, "allowzero", 0):
+        target = [data.shape[at] if size == 0 else size for at, size in enumerate(target)]
+    return data.reshape(target)
+
+
+def _change_axes(node: ir.Node, data: Array, second: Array | None) -> Array:
+    axes = _attribute(node, "axes") if second is None else second.tolist()
+    if node.op_type == "Unsqueeze":
+        return np.expand_dims(data, tuple(axes))
+    return np.squeeze(data, None if axes is None else tuple(axes))
+
+
+def _attribute(node: ir.Node, name: str, default: Any = None) -> Any:
+    found = node.attributes.get(name)
+    return default if found is None else found.value
