@@ -37,7 +37,8 @@ def evaluate(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
     if node.op_type == "Transpose":
         return np.transpose(data, _attribute(node, "perm"))
     if node.op_type == "Flatten":
-        axis = _attribute(node, "axis", 1) % (data.ndim + 1)
+        axis = _attribute(node, "axis", 1)
+        axis += data.ndim if axis < 0 else 0
         return data.reshape(int(np.prod(data.shape[:axis])), -1)
     if node.op_type == "ConstantOfShape":
         fill = _attribute(node, "value")
