@@ -222,7 +222,8 @@ class Inspection:
             *("block, by its output", "kind", "nodes", "acts", "MACs", "params"),
             *("weights", "peak", "traffic"),
         )
-        return make_table(f"Blocks ({len(rows)})", columns, rows, text_columns=2)
+        note = "A plan's segment names a block's input and output: --json has both."
+        return make_table(f"Blocks ({len(rows)})", columns, rows, text_columns=2, note=note)
 
     def _activations(self) -> Table:
         groups = tables.grouped((site.kind, site.output.name or "") for site in self.sites)
