@@ -243,11 +243,11 @@ class Graph:
         value.name = name
         self._names.add(name)
 
-    def bypass(self, output: ir.Value, source: ir.Value) -> ir.Value:
+    def bypass(self, output: ir.Value, source: ir.Value, *, shared: bool = False) -> ir.Value:
         """Let every reader of `output` read `source` instead; interface names survive.
 
         Where `output` is a graph output, its name moves to `source`, or an Identity carries it
-        when `source` is itself part of the interface or read elsewhere.
+        when `source` is itself part of the interface or, unless `shared`, read elsewhere.
 
         Returns:
             the tensor that now stands for `output`.
@@ -258,7 +258,8 @@ class Graph:
             self._moved[output] = source
             return source
         assert producer is not None
-        if source.producer() is None or source.is_graph_output() or len(consumers(source)) > 1:
+        kept = not shared and len(consumers(source)) > 1
+        if source.producer() is None or source.is_graph_output() or kept:
             return self._bypass_with_identity(output, source, producer)
         name = output.name
         assert name is not None
