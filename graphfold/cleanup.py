@@ -127,7 +127,7 @@ def evaluate(
     """What onnxruntime computes for one node of the default domain; None where it cannot."""
     import onnx
 
-    from graphfold.runtime import Runnable, RunError, Session
+    from graphfold.runtime import RunError, Runnable, Session
 
     types = [data.dtype for data in inputs if data is not None]
     if is_op(node, "Cast"):
