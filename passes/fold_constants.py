@@ -66,6 +66,9 @@ class FoldConstants(Pass):
         """Nodes whose results are known, in execution order: each may use those before it."""
         if (work.graph.model.ir.ir_version or 0) < _IR_VERSION:
             return []
+        if work.graph.shapes_may_grow:
+            work.graph.refine_shapes()
+            work.graph.shapes_may_grow = False
         found: list[_Known] = []
         known: dict[ir.Value, Array] = {}
         for node in free_nodes(work):
@@ -106,6 +109,7 @@ class FoldConstants(Pass):
             graph.shapes[name] = tuple(int(size) for size in data.shape)
             graph.ir.register_initializer(constant)
         graph.remove_dead([candidate.node])
+        graph.shapes_may_grow |= not is_op(candidate.node, "Constant")
 
 
 def _result(graph: Graph, node: ir.Node, known: Mapping[ir.Value, Array]) -> _Known | None:

@@ -199,3 +199,14 @@ def test_the_source_keeps_its_tensors_and_names() -> None:
     assert model.SerializeToString() == before
     assert result.reference.ir.graph[0].attributes["value"].as_tensor().name == "its own name"
     assert value_of(result.model, "two") == [2]
+
+
+def test_shapes_that_constants_tell_are_known_afterwards() -> None:
+    build = ModelBuilder(["N", 3, 4, 5])
+    half = build.op("Mul", ints(build, 30), ints(build, 2))
+    flat = build.op("Reshape", "x", build.op("Concat", ints(build, -1), half, axis=0))
+    product = build.op("MatMul", flat, build.constant(build.rng.normal(size=(60, 2))))
+    model = build.model(build.op("Add", product, build.constant([1.0, 2.0])))
+    folded, _ = fold(model)
+    assert op_types(folded) == ["Reshape", "Gemm"]
+    assert fold(folded)[0] == folded
