@@ -83,12 +83,26 @@ class Graph:
         self._is_constant: dict[ir.Value, bool] = {}
         self._dtypes: dict[ir.Value, ir.DataType | None] = {}
         self._moved: dict[ir.Value, ir.Value] = {}
+        # Set where something became constant that shapes may depend on.
+        self.shapes_may_grow = False
 
     @property
     def opset(self) -> int:
         """Version of the default ONNX operator set that the model imports."""
         imports = self.model.ir.opset_imports
         return imports.get("", imports.get("ai.onnx", 1))
+
+    def refine_shapes(self) -> None:
+        """Infer shapes again, after constants became known, and add what was not known yet."""
+        for name, found in infer_shapes(self.model).items():
+            known = self.shapes.get(name)
+            if known is None:
+                self.shapes[name] = found
+            elif len(known) == len(found):
+                self.shapes[name] = tuple(
+                    other if isinstance(other, int) and not isinstance(size, int) else size
+                    for size, other in zip(known, found, strict=True)
+                )
 
     def nodes(self) -> list[ir.Node]:
         """The nodes in execution order, as a list that stays valid while the graph is edited."""
@@ -243,11 +257,11 @@ class Graph:
         value.name = name
         self._names.add(name)
 
-    def bypass(self, output: ir.Value, source: ir.Value) -> ir.Value:
+    def bypass(self, output: ir.Value, source: ir.Value, *, shared: bool = False) -> ir.Value:
         """Let every reader of `output` read `source` instead; interface names survive.
 
         Where `output` is a graph output, its name moves to `source`, or an Identity carries it
-        when `source` is itself part of the interface or read elsewhere.
+        when `source` is itself part of the interface or, unless `shared`, read elsewhere.
 
         Returns:
             the tensor that now stands for `output`.
@@ -258,7 +272,8 @@ class Graph:
             self._moved[output] = source
             return source
         assert producer is not None
-        if source.producer() is None or source.is_graph_output() or len(consumers(source)) > 1:
+        kept = not shared and len(consumers(source)) > 1
+        if source.producer() is None or source.is_graph_output() or kept:
             return self._bypass_with_identity(output, source, producer)
         name = output.name
         assert name is not None

@@ -54,6 +54,19 @@ class Model:
         """Return a model with a graph of its own; tensors are shared."""
         return replace(self, ir=self.ir.clone())
 
+    @property
+    def has_training_info(self) -> bool:
+        """Whether training information, which names tensors, comes with the model."""
+        origin = self._header.origin
+        original = None if origin is None else origin.original
+        return isinstance(original, onnx.ModelProto) and len(original.training_info) > 0
+
+    def annotation_names(self) -> set[str]:
+        """Tensors that quantisation annotations of the main graph name as parameters."""
+        listed = self.ir.graph.meta.get(origins.KEY)
+        entries = () if listed is None else listed.quantization
+        return {pair.value for entry in entries for pair in entry.quant_parameter_tensor_names}
+
 
 Source = str | Path | bytes | onnx.ModelProto | onnx_ir.Model | Model
 

@@ -217,19 +217,26 @@ def select_passes(only: Sequence[str] | None = None, skip: Sequence[str] = ()) -
 def run_passes(
     passes: Sequence[Pass], phase: Phase, work: Work, progress: Progress | None = None
 ) -> list[PassStatistics]:
-    """Run the passes of one phase in order, each to its fixed point."""
+    """Run the passes of one phase in order, each to its fixed point.
+
+    What a FOLD pass left may be another's candidate: these run again until none finds anything.
+    """
     chosen = [each for each in passes if each.phase is phase]
-    statistics = []
-    for number, each in enumerate(chosen):
-        if progress is not None:
-            progress(each.name, number, len(chosen))
-        statistics.append(_run_to_fixed_point(each, work))
+    statistics = [PassStatistics(each.name) for each in chosen]
+    changed = True
+    while changed:
+        changed = False
+        for number, (each, counts) in enumerate(zip(chosen, statistics, strict=True)):
+            if progress is not None:
+                progress(each.name, number, len(chosen))
+            changed |= _run_to_fixed_point(each, work, counts) and phase is Phase.FOLD
     return statistics
 
 
-def _run_to_fixed_point(each: Pass, work: Work) -> PassStatistics:
+def _run_to_fixed_point(each: Pass, work: Work, statistics: PassStatistics) -> bool:
+    """Run one pass, adding to its statistics; whether it changed anything."""
     started = time.perf_counter()
-    statistics = PassStatistics(each.name)
+    before = statistics.applied
     changed = True
     while changed:
         changed = False
@@ -246,8 +253,8 @@ def _run_to_fixed_point(each: Pass, work: Work) -> PassStatistics:
             if fold is not None:
                 statistics.folds.append(fold)
     statistics.found = statistics.applied + len(statistics.skipped)
-    statistics.seconds = time.perf_counter() - started
-    return statistics
+    statistics.seconds += time.perf_counter() - started
+    return statistics.applied > before
 
 
 def provenance(nodes: Iterable[ir.Node], pass_name: str) -> dict[str, str]:
