@@ -55,6 +55,14 @@ def segment_regions(work: Work) -> list[MergeCandidate]:
     return found
 
 
+def segment_nodes(work: Work) -> set[ir.Node]:
+    """The nodes that belong to the plan's segments, merged already or not."""
+    owned = set(work.barrier)
+    for candidate in segment_regions(work):
+        owned.update(candidate.region.nodes)
+    return owned
+
+
 def has_join(work: Work, region: Region) -> bool:
     """Whether a region is more than a chain: some tensor in it is read twice or summed."""
     from graphfold.linear import is_join
@@ -130,6 +138,18 @@ def merge_region(work: Work, candidate: MergeCandidate, pass_name: str) -> Fold:
     )
     if work.affines is not None:
         work.affines[fold.output] = final
+    made.metadata_props[FOLD_KEY] = fold_record(fold)
+    return fold
+
+
+def put_in_place(
+    work: Work, nodes: Sequence[ir.Node], output: ir.Value, result: ir.Value, fold: Fold
+) -> Fold:
+    """Let `result` stand for `output`, remove what only that needed, and record the fold."""
+    made = result.producer()
+    assert made is not None
+    work.graph.take_over(output, result)
+    work.graph.remove_dead(nodes)
     made.metadata_props[FOLD_KEY] = fold_record(fold)
     return fold
 

@@ -26,6 +26,7 @@ from graphfold.merge import (
     has_join,
     merge_region,
     merged_geometry,
+    segment_nodes,
     segment_regions,
 )
 from graphfold.regions import Region, find_region
@@ -48,7 +49,7 @@ class MergeResidual(Pass):
         found = [each for each in segment_regions(work) if has_join(work, each.region)]
         if found:
             return found
-        owned = _segment_nodes(work)
+        owned = segment_nodes(work)
         order = {node: index for index, node in enumerate(work.graph.ir)}
         for node in work.graph.nodes():
             if node in owned or not is_op(node, "Add", "Sum") or not is_join(work.graph, node):
@@ -86,13 +87,6 @@ class MergeResidual(Pass):
         """Replace the branches and their sum by one convolution."""
         region = current_region(work, candidate.region)
         return merge_region(work, MergeCandidate(region, candidate.segment), self.name)
-
-
-def _segment_nodes(work: Work) -> set[ir.Node]:
-    owned = set(work.barrier)
-    for candidate in segment_regions(work):
-        owned.update(candidate.region.nodes)
-    return owned
 
 
 def _region_of_sum(
