@@ -22,7 +22,7 @@ _LARGEST_REGION = 64
 def why_apart(work: Work, region: Region) -> str | None:
     """Why loose branches stay: no convolution equals them, or it would cost more; None if not."""
     if any(node.graph is None for node in region.nodes):
-        return "it was merged with a sum around it"
+        return "it was merged with what is around it"
     region = current_region(work, region)
     try:
         geometry = merged_geometry(work, region)
