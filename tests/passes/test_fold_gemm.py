@@ -116,13 +116,16 @@ def test_every_opset_folds(opset: int):
     assert op_types(folded_alone(build.model(gemm(build, value, 3)))) == ["Gemm"]
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("op_type", ["Add", "Sub", "Mul", "Div"])
+@pytest.mark.parametrize(
+    ("op_type", "first"),
+    [
+        *[(kind, False) for kind in ("Add", "Sub", "Mul", "Div")],
+        *[(kind, True) for kind in ("Add", "Sub", "Mul")],
+    ],
+)
 @pytest.mark.parametrize("rank", [2, 3])
 @pytest.mark.parametrize("shape", [(), (4,), (1, 4)])
 def test_constants_per_feature_fold(op_type: str, shape: tuple[int, ...], rank: int, first: bool):
-    if op_type == "Div" and first:
-        pytest.skip("a constant divided by a tensor is not linear")
     build = builder(*(2, 3)[: rank - 1], 5)
     operands = [matmul(build, "x", 4), build.constant(nonzero(build.rng, *shape))]
     model = build.model(build.op(op_type, *(operands[::-1] if first else operands)))
