@@ -38,7 +38,7 @@ class MergeBranches(Pass):
 
     name: ClassVar[str] = "merge_branches"
     phase: ClassVar[Phase] = Phase.FOLD
-    order: ClassVar[int] = 1
+    order: ClassVar[int] = -1
 
     def find(self, work: Work) -> Iterable[MergeCandidate]:
         """Loose concatenations over channels of two or more convolutions of one tensor."""
