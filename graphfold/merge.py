@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from graphfold.affine import AffineConv
 from graphfold.bounds import coefficients
 from graphfold.emit import Emitter, choose_repair, emit_affine, without_cropping
 from graphfold.errors import NotExactError
@@ -55,6 +56,14 @@ def segment_regions(work: Work) -> list[MergeCandidate]:
     return found
 
 
+def segment_nodes(work: Work) -> set[ir.Node]:
+    """The nodes that belong to the plan's segments, merged already or not."""
+    owned = set(work.barrier)
+    for candidate in segment_regions(work) if work.segments else ():
+        owned.update(candidate.region.nodes)
+    return owned
+
+
 def has_join(work: Work, region: Region) -> bool:
     """Whether a region is more than a chain: some tensor in it is read twice or summed."""
     from graphfold.linear import is_join
@@ -89,15 +98,28 @@ def merge_region(work: Work, candidate: MergeCandidate, pass_name: str) -> Fold:
     Raises:
         NotExactError: no single convolution is equal; the graph is unchanged.
     """
-    graph, region, segment = work.graph, candidate.region, candidate.segment
+    graph, region = work.graph, candidate.region
     geometry = merged_geometry(work, region)
     sizes = graph.sizes(region.entry)
     repair = choose_repair(geometry, sizes, work.repair, opset=graph.opset)
     macs = _macs(work, region, geometry, sizes)
     affine = region_affine(graph, region)
+    return replace_region(work, candidate, affine, pass_name, repair=repair, macs=macs)
+
+
+def replace_region(
+    work: Work,
+    candidate: MergeCandidate,
+    affine: AffineConv,
+    pass_name: str,
+    *,
+    repair: str | None = None,
+    macs: tuple[int, int] | None = None,
+) -> Fold:
+    """Replace a region by an affine convolution that is known to equal it."""
+    graph, region, segment = work.graph, candidate.region, candidate.segment
     if affine.border is None:
         repair = None
-    boundary = segment.boundary if segment else "exact"
     metadata = provenance(region.nodes, pass_name)
     output = region.output
     producer = output.producer()
@@ -106,20 +128,14 @@ def merge_region(work: Work, candidate: MergeCandidate, pass_name: str) -> Fold:
     assert dtype is not None
     emitter = Emitter(graph, producer, output.name or "merged", metadata)
     result = emit_affine(emitter, region.entry, affine, _numpy(dtype), repair)
-    made = result.producer()
-    assert made is not None
-    graph.take_over(output, result)
-    graph.remove_dead(region.nodes)
-    if segment is not None:
-        work.barrier.update(nodes_between(region.entry, result))
     final = without_cropping(affine)
     fold = Fold(
-        output=result.name or "",
+        output=output.name or "",
         replaces=replaced_labels(metadata),
         kernel=tuple(axis.kernel for axis in final.axes),
         strides=tuple(axis.stride for axis in final.axes),
         groups=final.groups,
-        boundary=boundary,
+        boundary=segment.boundary if segment else "exact",
         repair=repair,
         reach=reach(final.geometry),
         pass_name=pass_name,
@@ -128,8 +144,22 @@ def merge_region(work: Work, candidate: MergeCandidate, pass_name: str) -> Fold:
         input=region.entry.name,
         coefficients=coefficients(final),
     )
+    put_in_place(work, region.nodes, output, result, fold)
+    if segment is not None:
+        work.barrier.update(nodes_between(region.entry, result))
     if work.affines is not None:
         work.affines[fold.output] = final
+    return fold
+
+
+def put_in_place(
+    work: Work, nodes: Sequence[ir.Node], output: ir.Value, result: ir.Value, fold: Fold
+) -> Fold:
+    """Let `result` stand for `output`, remove what only that needed, and record the fold."""
+    made = result.producer()
+    assert made is not None
+    work.graph.take_over(output, result)
+    work.graph.remove_dead(nodes)
     made.metadata_props[FOLD_KEY] = fold_record(fold)
     return fold
 

@@ -15,24 +15,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import onnx_ir as ir
-
-from graphfold.errors import NotExactError
+from graphfold.branches import region_of_join, why_apart
 from graphfold.graph import is_op
-from graphfold.linear import OPERATORS, is_join, variable_inputs
+from graphfold.linear import is_join
 from graphfold.merge import (
     MergeCandidate,
     current_region,
     has_join,
     merge_region,
-    merged_geometry,
+    segment_nodes,
     segment_regions,
 )
-from graphfold.regions import Region, find_region
 from graphfold.rewrite import Fold, Pass, Phase, Work
-from graphfold.runs import NOMINAL_SIZE, RunCost, best_split, chains, growth, merged_cost
-
-_LARGEST_REGION = 64
 
 
 @dataclass(frozen=True)
@@ -48,12 +42,12 @@ class MergeResidual(Pass):
         found = [each for each in segment_regions(work) if has_join(work, each.region)]
         if found:
             return found
-        owned = _segment_nodes(work)
+        owned = segment_nodes(work)
         order = {node: index for index, node in enumerate(work.graph.ir)}
         for node in work.graph.nodes():
             if node in owned or not is_op(node, "Add", "Sum") or not is_join(work.graph, node):
                 continue
-            region = _region_of_sum(work, node, order, owned)
+            region = region_of_join(work, node, order, owned)
             if region is not None:
                 found.append(MergeCandidate(region))
         # A sum around others first: what it merges, they need not.
@@ -65,76 +59,9 @@ class MergeResidual(Pass):
 
     def check(self, work: Work, candidate: MergeCandidate) -> str | None:
         """Refuse loose sums that no convolution equals, or that would cost more merged."""
-        if candidate.segment is not None:
-            return None
-        if any(node.graph is None for node in candidate.region.nodes):
-            return "it was merged with a sum around it"
-        region = current_region(work, candidate.region)
-        try:
-            geometry = merged_geometry(work, region)
-            sizes = work.graph.sizes(region.entry) or (None,) * geometry.rank
-            nominal = tuple(NOMINAL_SIZE if size is None else size for size in sizes)
-            merged = merged_cost(work, geometry, sizes, nominal)
-        except NotExactError as error:
-            return error.what
-        present = _present_cost(work, region)
-        if merged > present and not work.allow_growth:
-            return f"merging raises cost: {growth(present, merged)}"
-        return None
+        return None if candidate.segment is not None else why_apart(work, candidate.region)
 
     def rewrite(self, work: Work, candidate: MergeCandidate) -> Fold:
         """Replace the branches and their sum by one convolution."""
         region = current_region(work, candidate.region)
         return merge_region(work, MergeCandidate(region, candidate.segment), self.name)
-
-
-def _segment_nodes(work: Work) -> set[ir.Node]:
-    owned = set(work.barrier)
-    for candidate in segment_regions(work):
-        owned.update(candidate.region.nodes)
-    return owned
-
-
-def _region_of_sum(
-    work: Work, join: ir.Node, order: dict[ir.Node, int], owned: set[ir.Node]
-) -> Region | None:
-    """From a sum back to the one tensor that all its branches read, through linear operators."""
-    graph = work.graph
-    frontier = set(variable_inputs(graph, join))
-    visited = 0
-    while len(frontier) > 1:
-        latest = max(frontier, key=lambda value: order.get(value.producer(), -1))  # type: ignore[arg-type]
-        producer = latest.producer()
-        visited += 1
-        if producer is None or producer in owned or visited > _LARGEST_REGION:
-            return None
-        if not (is_op(producer, *OPERATORS) or is_join(graph, producer)):
-            return None
-        frontier.remove(latest)
-        frontier.update(variable_inputs(graph, producer))
-    try:
-        return find_region(graph, frontier.pop(), join.outputs[0], order)
-    except NotExactError:
-        return None
-
-
-def _present_cost(work: Work, region: Region) -> RunCost:
-    """What a region costs with its chains merged where that is cheaper, and its sums."""
-    inside = set(region.nodes)
-    total = RunCost()
-    counted: set[ir.Node] = set()
-    for chain in chains(work):
-        nodes = [link.node for link in chain.links]
-        if inside.issuperset(nodes):
-            total = total + best_split(work, chain).cost
-            counted.update(nodes)
-    sizes = {node: work.graph.sizes(node.outputs[0]) for node in region.nodes}
-    for node in region.nodes:
-        if node not in counted:
-            known = sizes[node] or ()
-            pixels = 1
-            for size in known:
-                pixels *= NOMINAL_SIZE if size is None else size
-            channels = work.graph.channels(node.outputs[0]) or 1
-            total = total + RunCost(pixels * channels, 0, 1)
-    return total
