@@ -220,8 +220,11 @@ def _ordered_folds(folded: Model, statistics: Sequence[PassStatistics]) -> list[
     position = {
         value.name: index for index, node in enumerate(folded.ir.graph) for value in node.outputs
     }
-    folds = [fold for each in statistics for fold in each.folds if fold.output in position]
-    return sorted(folds, key=lambda fold: position[fold.output])
+    # A tensor that was folded twice is what the last fold made it.
+    folds = {
+        fold.output: fold for each in statistics for fold in each.folds if fold.output in position
+    }
+    return sorted(folds.values(), key=lambda fold: position[fold.output])
 
 
 def _refuse_failure(verification: Verification, require_verify: bool) -> None:

@@ -289,3 +289,15 @@ def test_behind_a_free_activation_sizes_are_still_known() -> None:
     plan = {"graphfold_plan": 1, "keep_blocks": [0, 0, 0], "activation": "Relu6"}
     folds = graphfold.optimize(network(), plan).report.folds
     assert {fold.repair for fold in folds if fold.segment} == {"map"}
+
+
+def test_a_tensor_that_two_passes_fold_is_reported_once_and_compared_on_all_feeds() -> None:
+    build = ModelBuilder(["N", 6, 9, 8])
+    normalised = build.conv(build.norm("x"), 4, 3, bias=False)
+    shifted = build.op("Add", normalised, build.constant(np.full((4, 1, 1), 0.7)), out="y")
+    report = graphfold.optimize(build.model(shifted)).report
+    outputs = [fold.output for fold in report.folds]
+    assert outputs == ["y"]
+    assert report.verification is not None
+    assert report.verification.passed
+    assert len(report.verification.shapes) == 2
