@@ -48,11 +48,6 @@ def has_reference_attributes(node: ir.Node) -> bool:
     return any(attr.is_ref() for attr in node.attributes.values())
 
 
-def single_output(node: ir.Node) -> ir.Value:
-    """The node's only used output."""
-    return node.outputs[0]
-
-
 def consumers(value: ir.Value) -> list[ir.Node]:
     """Nodes that read `value`, each once, in order of first use."""
     return list(dict.fromkeys(usage.node for usage in value.uses()))
