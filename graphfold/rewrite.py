@@ -27,6 +27,8 @@ METADATA_PREFIX = "graphfold."
 # The last node of a merge carries what it was under this key, for `graphfold verify`.
 FOLD_KEY = f"{METADATA_PREFIX}fold"
 Progress = Callable[[str, int, int], None]
+# Far more than any graph needs: a pass that undoes another's work must not run for ever.
+_MOST_SWEEPS = 10_000
 
 
 class Phase(IntEnum):
@@ -223,38 +225,47 @@ def run_passes(
     """
     chosen = [each for each in passes if each.phase is phase]
     statistics = [PassStatistics(each.name) for each in chosen]
-    changed = True
-    while changed:
+    for _ in range(_MOST_SWEEPS):
         changed = False
         for number, (each, counts) in enumerate(zip(chosen, statistics, strict=True)):
             if progress is not None:
                 progress(each.name, number, len(chosen))
             changed |= _run_to_fixed_point(each, work, counts) and phase is Phase.FOLD
-    return statistics
+        if not changed:
+            return statistics
+    raise RuntimeError(f"the passes {', '.join(each.name for each in chosen)} do not settle")
 
 
 def _run_to_fixed_point(each: Pass, work: Work, statistics: PassStatistics) -> bool:
     """Run one pass, adding to its statistics; whether it changed anything."""
     started = time.perf_counter()
     before = statistics.applied
-    changed = True
-    while changed:
-        changed = False
-        # Only the last sweep's skips hold: an earlier rewrite may have made room.
-        statistics.skipped = []
-        for candidate in each.find(work):
-            reason = each.check(work, candidate)
-            if reason is not None:
-                statistics.skipped.append(Skip(each.label(candidate), reason, each.name))
-                continue
-            fold = each.rewrite(work, candidate)
-            changed = True
-            statistics.applied += 1
-            if fold is not None:
-                statistics.folds.append(fold)
+    for _ in range(_MOST_SWEEPS):
+        if not _sweep(each, work, statistics):
+            break
+    else:
+        raise RuntimeError(f"the pass {each.name} does not settle")
     statistics.found = statistics.applied + len(statistics.skipped)
     statistics.seconds += time.perf_counter() - started
     return statistics.applied > before
+
+
+def _sweep(each: Pass, work: Work, statistics: PassStatistics) -> bool:
+    """Rewrite every candidate that a pass finds now; whether there was one."""
+    changed = False
+    # Only the last sweep's skips hold: an earlier rewrite may have made room.
+    statistics.skipped = []
+    for candidate in each.find(work):
+        reason = each.check(work, candidate)
+        if reason is not None:
+            statistics.skipped.append(Skip(each.label(candidate), reason, each.name))
+            continue
+        fold = each.rewrite(work, candidate)
+        changed = True
+        statistics.applied += 1
+        if fold is not None:
+            statistics.folds.append(fold)
+    return changed
 
 
 def provenance(nodes: Iterable[ir.Node], pass_name: str) -> dict[str, str]:
