@@ -337,10 +337,6 @@ class Graph:
             assert value.name is not None
             self.ir.initializers.pop(value.name, None)
 
-    def find_value(self, name: str) -> ir.Value | None:
-        """The main graph's tensor of that name, or None. Linear in graph size."""
-        return self.values().get(name)
-
     def values(self) -> dict[str, ir.Value]:
         """All named tensors of the main graph: inputs, initializers and node outputs."""
         found: dict[str, ir.Value] = {}

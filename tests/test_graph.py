@@ -46,7 +46,7 @@ def test_consumers_count_each_reader_once_and_those_in_subgraphs():
     hidden = build.op("Neg", "x", out="hidden")
     twice = build.op("Add", hidden, hidden)
     graph = graph_of(build.model(twice, if_node(build, hidden)))
-    value = graph.find_value("hidden")
+    value = graph.values().get("hidden")
     assert value is not None
     labels = {node_label(node) for node in consumers(value)}
     assert labels == {f"n_{twice}", "then_neg", "else_neg"}
@@ -57,10 +57,10 @@ def test_the_only_consumer_excludes_outputs_of_the_graph():
     build = ModelBuilder([1, 2, 3, 3])
     hidden = build.op("Neg", "x", out="hidden")
     y = build.op("Relu", hidden)
-    value = graph_of(build.model(y)).find_value("hidden")
+    value = graph_of(build.model(y)).values().get("hidden")
     assert value is not None
     assert is_op(only_consumer(value), "Relu")
-    value = graph_of(build.model(y, hidden)).find_value("hidden")
+    value = graph_of(build.model(y, hidden)).values().get("hidden")
     assert value is not None
     assert only_consumer(value) is None
 
@@ -69,7 +69,7 @@ def test_shapes_are_inferred_and_open_sizes_are_none():
     build = ModelBuilder(["n", 2, "h", 8])
     y = build.conv("x", 5, 3, stride=2, pad=1, out="y")
     graph = graph_of(build.model(y))
-    x, value = graph.find_value("x"), graph.find_value("y")
+    x, value = graph.values().get("x"), graph.values().get("y")
     assert graph.sizes(x) == (None, 8)
     assert graph.channels(x) == 2
     assert graph.channels(value) == 5
@@ -84,7 +84,7 @@ def test_an_initializer_that_is_an_input_is_constant_in_old_ir_alone(ir_version:
     shift = build.constant([1.5], "shift")
     info = helper.make_tensor_value_info(shift, 1, [1])
     graph = graph_of(build.model(build.op("Add", "x", shift), more_inputs=[info]))
-    value = graph.find_value("shift")
+    value = graph.values().get("shift")
     assert value is not None
     assert graph.is_constant(value) == (ir_version == 3)
     assert (graph.constant(value) is None) == (ir_version == 8)
@@ -107,7 +107,7 @@ def test_constant_nodes_of_every_form_are_constants_through_identities(
     build = ModelBuilder([1, 2, 3, 3])
     build.op("Identity", build.op("Constant", **attributes), out="constant")
     graph = graph_of(build.model(build.op("Identity", "x")))
-    value = graph.find_value("constant")
+    value = graph.values().get("constant")
     assert graph.is_constant(value)
     np.testing.assert_array_equal(graph.constant(value), expected)
 
@@ -117,8 +117,8 @@ def test_computed_tensors_and_inputs_are_no_constants():
     y = build.op("Neg", build.constant([1.0]), out="computed")
     graph = graph_of(build.model(build.op("Add", "x", y)))
     for name in ("computed", "x"):
-        assert not graph.is_constant(graph.find_value(name))
-        assert graph.constant(graph.find_value(name)) is None
+        assert not graph.is_constant(graph.values().get(name))
+        assert graph.constant(graph.values().get(name)) is None
 
 
 def test_operators_of_other_domains_are_not_meant():
@@ -228,7 +228,7 @@ def test_taking_over_moves_name_shape_readers_and_output():
     build = ModelBuilder([1, 2, 3, 3])
     model = build.model(build.op("Relu", build.op("Neg", "x", out="old"), out="y"), "old")
     graph = graph_of(model)
-    old = graph.find_value("old")
+    old = graph.values().get("old")
     assert old is not None
     producer = old.producer()
     assert producer is not None
@@ -256,7 +256,7 @@ def test_removing_dead_nodes_takes_what_only_fed_them_and_nothing_else():
     dead = build.conv(dead, 2, 1, weight=shared, bias=False, out="dead")
     model = build.model(build.conv("x", 2, 1, weight=shared, bias=False, out="y"))
     graph = graph_of(model)
-    value = graph.find_value("dead")
+    value = graph.values().get("dead")
     assert value is not None
     producer = value.producer()
     assert producer is not None
