@@ -16,7 +16,7 @@ from graphfold.affine import AffineConv
 from graphfold.bounds import coefficients
 from graphfold.emit import Emitter, choose_repair, emit_affine, without_cropping
 from graphfold.errors import NotExactError
-from graphfold.geometry import Geometry
+from graphfold.geometry import Axis, Geometry
 from graphfold.graph import is_op, nodes_between
 from graphfold.linear import FLOAT_TYPES
 from graphfold.regions import Region, find_region, region_affine, region_geometry, region_macs
@@ -137,7 +137,7 @@ def replace_region(
         groups=final.groups,
         boundary=segment.boundary if segment else "exact",
         repair=repair,
-        reach=reach(final.geometry),
+        reach=reach_of(final.axes),
         pass_name=pass_name,
         segment=segment.path if segment else None,
         macs=macs,
@@ -177,11 +177,11 @@ def _numpy(dtype: ir.DataType) -> np.dtype[np.generic]:
     return np.dtype(dtype.numpy())
 
 
-def reach(geometry: Geometry) -> tuple[tuple[int, int], ...]:
+def reach_of(axes: Sequence[Axis]) -> tuple[tuple[int, int], ...]:
     """Output rows per side of each axis whose window may reach into padding."""
     return tuple(
         (-(-max(0, axis.begin) // axis.stride), -(-max(0, axis.end) // axis.stride))
-        for axis in geometry.axes
+        for axis in axes
     )
 
 

@@ -73,3 +73,8 @@ def strings(tensor: onnx_ir.TensorProtocol) -> Sequence[bytes]:
         return tensor.string_data()
     flat = tensor.numpy().reshape(-1)
     return [item if isinstance(item, bytes) else str(item).encode() for item in flat]
+
+
+def first_bytes(tensor: onnx_ir.TensorProtocol, count: int) -> bytes:
+    """The bytes of the tensor's first `count` elements; data on disk is read no further."""
+    return bytes(tensor.numpy().reshape(-1)[:count].tobytes())
