@@ -41,6 +41,8 @@ class MergeCandidate:
 
 def segment_regions(work: Work) -> list[MergeCandidate]:
     """Regions of the plan's segments that are not one operator yet."""
+    if not work.segments:
+        return []
     values = work.graph.values()
     order = {node: index for index, node in enumerate(work.graph.ir)}
     found = []
@@ -59,7 +61,7 @@ def segment_regions(work: Work) -> list[MergeCandidate]:
 def segment_nodes(work: Work) -> set[ir.Node]:
     """The nodes that belong to the plan's segments, merged already or not."""
     owned = set(work.barrier)
-    for candidate in segment_regions(work) if work.segments else ():
+    for candidate in segment_regions(work):
         owned.update(candidate.region.nodes)
     return owned
 

@@ -64,7 +64,11 @@ def payload_bytes(tensor: onnx_ir.TensorProtocol) -> int:
     """The number of bytes of the tensor's elements (strings: of their characters)."""
     if tensor.dtype == onnx_ir.DataType.STRING:
         return sum(len(item) for item in strings(tensor))
-    return math.ceil(math.prod(tensor.shape.numpy()) * tensor.dtype.bitwidth / 8)
+    if isinstance(tensor, onnx_ir.serde.TensorProtoTensor):
+        dims: Sequence[int] = tensor.raw.dims
+    else:
+        dims = tensor.shape.numpy()
+    return math.ceil(math.prod(dims) * tensor.dtype.bitwidth / 8)
 
 
 def strings(tensor: onnx_ir.TensorProtocol) -> Sequence[bytes]:

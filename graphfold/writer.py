@@ -6,6 +6,7 @@ said when it was read: what a pass changed stays changed, what it removed stays 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any, NamedTuple
@@ -25,8 +26,11 @@ from graphfold.origins import (
     GraphOrigin,
     Header,
     NodeOrigin,
+    NodeSource,
     Origin,
+    origin_of,
     restore,
+    without,
 )
 from graphfold.tensors import SMALL_TENSOR_BYTES, payload_bytes, strings, values_by_name
 
@@ -244,8 +248,15 @@ def write_node_header(proto: onnx.NodeProto, node: onnx_ir.Node) -> None:
 
 def write_node(proto: onnx.NodeProto, node: onnx_ir.Node, writer: Writer) -> None:
     """A node with its attributes and the subgraphs in them."""
+    source: NodeOrigin | NodeSource | None = node.meta.data.get(KEY)
+    if isinstance(source, NodeSource):
+        if _is_unchanged(node, source):
+            proto.CopyFrom(source.proto)
+            return
+        origin: NodeOrigin | None = _origin_of_node(source)
+    else:
+        origin = source
     write_node_header(proto, node)
-    origin: NodeOrigin | None = node.meta.get(KEY)
     if origin is not None:
         restore(proto, origin.header)
     for attr in node.attributes.values():
@@ -254,6 +265,56 @@ def write_node(proto: onnx.NodeProto, node: onnx_ir.Node, writer: Writer) -> Non
         if origin is not None:
             restore(target, origin.attributes.get(attr.name))
         _write_attribute_content(target, attr, writer)
+
+
+def _is_unchanged(node: onnx_ir.Node, source: NodeSource) -> bool:
+    """Whether a node still says what its source said."""
+    proto = source.proto
+    attributes = node.attributes.data
+    return (
+        [value.name if value is not None else "" for value in node.inputs] == proto.input
+        and [value.name or "" for value in node.outputs] == proto.output
+        and node.op_type == proto.op_type
+        and node.domain == proto.domain
+        and (node.name or "") == proto.name
+        and (node.doc_string or "") == proto.doc_string
+        and node.overload == proto.overload
+        and len(attributes) == len(source.attributes)
+        and all(map(operator.is_, attributes.values(), source.attributes))
+        and _same_metadata(node, proto)
+    )
+
+
+def _same_metadata(node: onnx_ir.Node, proto: onnx.NodeProto) -> bool:
+    if not node.metadata_props and not proto.metadata_props:
+        return True
+    return node.metadata_props == {item.key: item.value for item in proto.metadata_props}
+
+
+def _origin_of_node(source: NodeSource) -> NodeOrigin:
+    """Both forms of a node of plain attributes; asked for only where a pass changed the node."""
+    proto = source.proto
+    node = onnx_ir.Node(
+        proto.domain,
+        proto.op_type,
+        [onnx_ir.Value(name=name) if name else None for name in proto.input],
+        source.attributes,
+        overload=proto.overload,
+        outputs=[onnx_ir.Value(name=name) for name in proto.output],
+        name=proto.name,
+        doc_string=proto.doc_string or None,
+        metadata_props={item.key: item.value for item in proto.metadata_props},
+    )
+    canonical = onnx.NodeProto()
+    write_node_header(canonical, node)
+    origin = NodeOrigin(origin_of(canonical, without(proto, "attribute")))
+    for attribute in proto.attribute:
+        written = onnx.AttributeProto()
+        write_attribute_header(written, node.attributes[attribute.name])
+        found = origin_of(written, attribute)
+        if found is not None:
+            origin.attributes[attribute.name] = found
+    return origin
 
 
 def write_attribute_header(proto: onnx.AttributeProto, attr: onnx_ir.Attr) -> None:
