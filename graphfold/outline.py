@@ -70,7 +70,7 @@ def _holds_tensors(attribute: onnx.AttributeProto) -> bool:
     kind = attribute.type
     if kind == onnx.AttributeProto.TENSOR:
         return not _is_small(attribute.t)
-    return kind in _NESTED
+    return bool(kind in _NESTED)
 
 
 _NESTED = frozenset(

@@ -57,7 +57,7 @@ def graph_tensors(graph: onnx_ir.Graph) -> Iterator[onnx_ir.TensorProtocol]:
 
 def is_sparse(tensor: onnx_ir.TensorProtocol) -> bool:
     """Whether `tensor` is the dense view of a sparse initializer, written back as that."""
-    return SPARSE in tensor.meta
+    return isinstance(tensor, onnx_ir.LazyTensor) and SPARSE in tensor.meta
 
 
 def payload_bytes(tensor: onnx_ir.TensorProtocol) -> int:

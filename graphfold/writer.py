@@ -32,7 +32,13 @@ from graphfold.origins import (
     restore,
     without,
 )
-from graphfold.tensors import SMALL_TENSOR_BYTES, payload_bytes, strings, values_by_name
+from graphfold.tensors import (
+    SMALL_TENSOR_BYTES,
+    is_sparse,
+    payload_bytes,
+    strings,
+    values_by_name,
+)
 
 _QUANTIZATION = "quant_parameter_tensor_names"  # where onnx-ir keeps a value's annotation
 _FUNCTION_VALUE_INFO_IR_VERSION = 10
@@ -195,9 +201,10 @@ def _write_value_info(
             _write_info(proto.value_info.add(), values[entry], "info")
     apart = {id(value) for value in (*graph.inputs, *graph.outputs)}
     for name, value in values.items():
-        if name in listed or id(value) in apart:
+        # What was not listed when it was read had nothing to say.
+        if name in listed or name in known or id(value) in apart:
             continue
-        typed = value.type is not None and name not in known and not value.is_initializer()
+        typed = value.type is not None and not value.is_initializer()
         if typed or value.doc_string or value.metadata_props:
             _write_info(proto.value_info.add(), value, "info")
 
@@ -219,6 +226,8 @@ def _write_quantization(
         if len(kept) != len(entry.quant_parameter_tensor_names):
             target.ClearField("quant_parameter_tensor_names")
             target.quant_parameter_tensor_names.extend(kept)
+    if origin is not None and not origin.quantization:
+        return
     for name, value in values.items():
         parameters: dict[str, str] | None = value.meta.get(_QUANTIZATION)
         if parameters and name not in written:
@@ -379,10 +388,9 @@ def _write_initializer(proto: onnx.GraphProto, value: onnx_ir.Value, writer: Wri
     tensor = value.const_value
     if tensor is None:
         return
-    sparse: onnx.SparseTensorProto | None = tensor.meta.get(SPARSE)
-    if sparse is not None:
+    if is_sparse(tensor):
         target = proto.sparse_initializer.add()
-        target.CopyFrom(sparse)
+        target.CopyFrom(tensor.meta[SPARSE])
         target.values.name = _name(value)
         return
     dense = proto.initializer.add()

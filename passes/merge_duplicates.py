@@ -23,9 +23,8 @@ import onnx_ir as ir
 from graphfold.cleanup import bypass, free_nodes, is_captured, why_not_bypassed
 from graphfold.graph import is_op, only_consumer
 from graphfold.linear import PER_CHANNEL
-from graphfold.origins import SPARSE
 from graphfold.rewrite import Pass, Phase, Work
-from graphfold.tensors import first_bytes
+from graphfold.tensors import first_bytes, is_sparse
 
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
@@ -90,7 +89,7 @@ def _initializers(work: Work) -> Iterator[_Same]:
     groups: dict[Hashable, list[ir.Value]] = defaultdict(list)
     for value in graph.ir.initializers.values():
         tensor = value.const_value
-        if tensor is None or SPARSE in tensor.meta or tensor.dtype == ir.DataType.STRING:
+        if tensor is None or is_sparse(tensor) or tensor.dtype == ir.DataType.STRING:
             continue
         if value.is_graph_input() or value.is_graph_output() or not value.uses():
             continue
