@@ -1,0 +1,215 @@
+"""Single-entry single-exit chains of a graph, by dominance on its data flow.
+
+Vertices are tensors, and one more for each use of a tensor that is read more than once, so that a
+branch has a beginning of its own. A tensor's next cut is its immediate post-dominator where it
+dominates that in turn: what lies between the two has one entry and one exit. These steps form
+chains, and chains nest: a residual block is one step of the chain around it, and its branches are
+chains inside. Nothing here knows what operators mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from graphfold.graph import Graph, is_op
+from graphfold.linear import variable_inputs
+
+# Asking for a tensor's shape lets none of its values flow.
+_SHAPE_ONLY = ("Shape", "Size")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A tensor in the data flow, or one use of it where it has several."""
+
+    value: ir.Value
+    reader: ir.Node | None = None
+
+
+@dataclass(frozen=True)
+class FlowChain:
+    """Points in execution order; everything between two of them enters at one and leaves at the other.
+
+    Attributes:
+        points: at least two.
+        steps: the nodes between each point and the next, in execution order.
+        parent: index of the chain whose step holds this one, and of that step; None at the top.
+    """
+
+    points: tuple[Point, ...]
+    steps: tuple[tuple[ir.Node, ...], ...]
+    parent: tuple[int, int] | None = None
+
+    def nodes(self, start: int, end: int) -> tuple[ir.Node, ...]:
+        """The nodes between the points number `start` and `end`."""
+        return tuple(node for step in self.steps[start:end] for node in step)
+
+
+def flow_chains(graph: Graph) -> list[FlowChain]:
+    """All maximal chains of the main graph, outer ones before those inside them.
+
+    Takes time in proportion to the graph's size and the depth of its nesting.
+    """
+    flow = _Flow(graph)
+    dominators = _immediate_dominators(flow.sources)
+    post = _immediate_dominators(_reversed(flow.sources))
+    last = len(flow.sources) - 1
+    following: dict[int, int] = {}
+    for vertex in range(1, last):
+        after = last - post[last - vertex]
+        if after != last and _dominates(vertex, after, dominators):
+            following[vertex] = after
+    return _nested(flow, following)
+
+
+class _Flow:
+    """The data flow as numbered vertices, 0 before all inputs and the last behind all outputs.
+
+    Attributes:
+        points: by vertex; None at both ends.
+        sources: by vertex, the vertices that flow into it; all smaller.
+        producer: by vertex, the node that made its tensor.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.points: list[Point | None] = [None]
+        self.sources: list[list[int]] = [[]]
+        self.order = {node: index for index, node in enumerate(graph.ir)}
+        self._vertex: dict[tuple[ir.Value, ir.Node | None], int] = {}
+        for value in graph.ir.inputs:
+            if not graph.is_constant(value):
+                self._add_tensor(value, [0])
+        for node in graph.ir:
+            if is_op(node, *_SHAPE_ONLY):
+                continue
+            read = [value for value in variable_inputs(graph, node) if self._knows(value)]
+            if not read:
+                continue
+            entering = [self._entering(value, node) for value in dict.fromkeys(read)]
+            for output in node.outputs:
+                if output.name and (output.uses() or output.is_graph_output()):
+                    self._add_tensor(output, entering)
+        ends = [self._vertex[value, None] for value in graph.ir.outputs if self._knows(value)]
+        self.points.append(None)
+        self.sources.append(sorted(set(ends)) or [0])
+
+    def _knows(self, value: ir.Value) -> bool:
+        return (value, None) in self._vertex
+
+    def _add(self, point: Point, sources: Sequence[int]) -> int:
+        self.points.append(point)
+        self.sources.append(list(sources))
+        vertex = len(self.points) - 1
+        self._vertex[point.value, point.reader] = vertex
+        return vertex
+
+    def _add_tensor(self, value: ir.Value, sources: Sequence[int]) -> None:
+        vertex = self._add(Point(value), sources)
+        readers = list(dict.fromkeys(usage.node for usage in value.uses()))
+        readers = [node for node in readers if not is_op(node, *_SHAPE_ONLY)]
+        if len(readers) + value.is_graph_output() > 1:
+            for reader in sorted(readers, key=lambda node: self.order.get(node, -1)):
+                self._add(Point(value, reader), [vertex])
+
+    def _entering(self, value: ir.Value, node: ir.Node) -> int:
+        return self._vertex.get((value, node), self._vertex[value, None])
+
+
+def _reversed(sources: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The same flow read backwards, its vertices numbered from the other end."""
+    last = len(sources) - 1
+    targets: list[list[int]] = [[] for _ in sources]
+    for vertex, before in enumerate(sources):
+        for source in before:
+            targets[last - source].append(last - vertex)
+    # What leads nowhere is taken to lead to the end.
+    for vertex in range(1, last + 1):
+        if not targets[vertex]:
+            targets[vertex] = [0]
+    return targets
+
+
+def _immediate_dominators(sources: Sequence[Sequence[int]]) -> list[int]:
+    """Immediate dominator of every vertex of an acyclic flow numbered in topological order.
+
+    (Cooper, Harvey and Kennedy, A simple, fast dominance algorithm, 2001; one sweep suffices
+    without cycles.)
+    """
+    found = [0] * len(sources)
+    for vertex in range(1, len(sources)):
+        common = sources[vertex][0]
+        for other in sources[vertex][1:]:
+            while common != other:
+                if common > other:
+                    common = found[common]
+                else:
+                    other = found[other]
+        found[vertex] = common
+    return found
+
+
+def _dominates(one: int, other: int, dominators: Sequence[int]) -> bool:
+    while other > one:
+        other = dominators[other]
+    return other == one
+
+
+def _nested(flow: _Flow, following: dict[int, int]) -> list[FlowChain]:
+    """Maximal chains, each with the step of another that holds it."""
+    followed = set(following.values())
+    starts = sorted(vertex for vertex in following if vertex not in followed)
+    rows = []
+    for start in starts:
+        row = [start]
+        while row[-1] in following:
+            row.append(following[row[-1]])
+        rows.append(row)
+    # An outer chain's step starts no later than what it holds, and ends later.
+    rows.sort(key=lambda row: (row[0], -row[-1]))
+    chains: list[FlowChain] = []
+    holder: dict[ir.Node, tuple[int, int]] = {}
+    for row in rows:
+        points = tuple(_point(flow, vertex) for vertex in row)
+        steps = tuple(
+            _between(flow, one, other) for one, other in zip(points, points[1:], strict=False)
+        )
+        number = len(chains)
+        parents = [holder[node] for node in steps[0] if node in holder] if steps else []
+        chains.append(FlowChain(points, steps, parents[0] if parents else None))
+        for index, step in enumerate(steps):
+            holder.update(dict.fromkeys(step, (number, index)))
+    return chains
+
+
+def _point(flow: _Flow, vertex: int) -> Point:
+    point = flow.points[vertex]
+    assert point is not None
+    return point
+
+
+def _between(flow: _Flow, start: Point, end: Point) -> tuple[ir.Node, ...]:
+    """The nodes that make the second point's tensor of the first's; none where it is a use of it."""
+    if end.value is start.value:
+        return ()
+    found: set[ir.Node] = set()
+    stack: list[ir.Value] = [end.value]
+    while stack:
+        value = stack.pop()
+        node = value.producer()
+        if value is start.value or node is None or node in found or node not in flow.order:
+            continue
+        found.add(node)
+        stack.extend(source for source in node.inputs if source is not None)
+    return tuple(sorted(found, key=flow.order.__getitem__))
+
+
+def parents_of(chains: Iterable[FlowChain]) -> dict[int, list[int]]:
+    """The chains inside each chain, by index."""
+    inside: dict[int, list[int]] = {}
+    for number, chain in enumerate(chains):
+        if chain.parent is not None:
+            inside.setdefault(chain.parent[0], []).append(number)
+    return inside
