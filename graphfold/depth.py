@@ -12,8 +12,9 @@ The second stage chooses segments (i, j, a, b) whose activation states agree whe
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from graphfold.errors import UsageError
@@ -48,7 +49,6 @@ class Run:
     Attributes:
         split: the convolutions that it becomes.
         start_active, end_active: whether the activations at its ends stay.
-        removed: positions strictly inside, whose activations go.
     """
 
     split: Split
@@ -57,6 +57,7 @@ class Run:
 
     @property
     def removed(self) -> range:
+        """The positions strictly inside, whose activations go."""
         return range(self.split.breaks[0] + 1, self.split.breaks[-1])
 
 
@@ -92,14 +93,20 @@ def normalised(importances: Mapping[Ends, float], alpha: float) -> dict[Ends, fl
     return {ends: value - shift for ends, value in importances.items()}
 
 
-def extended(importances: Mapping[Ends, float]) -> dict[Ends, float]:
-    """I_ext: the best of removing inner activations at once, or in steps that merge apart."""
+def extended(importances: Mapping[Ends, float], spans: Iterable[Span] = ()) -> dict[Ends, float]:
+    """I_ext: the best of removing inner activations at once, or step by step.
+
+    `spans` are those wanted beside the ones measured; a span that no steps make up is left out.
+    """
     found: dict[Ends, float] = {}
     last_steps: dict[tuple[int, bool], list[tuple[int, float]]] = {}
     for (middle, end, start_active, end_active), value in importances.items():
         if not start_active:
             last_steps.setdefault((end, end_active), []).append((middle, value))
-    for start, end, start_active, end_active in _with_compositions(importances):
+    wanted = {(start, end) for start, end, _, _ in importances} | set(spans)
+    states = [(before, after) for before in (False, True) for after in (False, True)]
+    by_length = sorted(wanted, key=lambda span: (span[1] - span[0], span))
+    for (start, end), (start_active, end_active) in itertools.product(by_length, states):
         best = importances.get((start, end, start_active, end_active), -math.inf)
         for middle, last in last_steps.get((end, end_active), ()):
             if start < middle < end:
@@ -108,14 +115,6 @@ def extended(importances: Mapping[Ends, float]) -> dict[Ends, float]:
         if best > -math.inf:
             found[start, end, start_active, end_active] = best
     return found
-
-
-def _with_compositions(importances: Mapping[Ends, float]) -> list[Ends]:
-    """All ends of two spans in a row that can meet at a removed activation, shortest first."""
-    starts = {(start, active) for start, _, active, _ in importances}
-    ends = {(end, active) for _, end, _, active in importances}
-    every = [(i, j, a, b) for i, a in starts for j, b in ends if i < j]
-    return sorted(every, key=lambda item: (item[1] - item[0], item))
 
 
 def depth_frontier(
@@ -138,7 +137,7 @@ def depth_frontier(
         importances = normalised(importances, alpha)
     splits = optimal_splits(latencies)
     entries: list[Entry[Run]] = []
-    for (start, end, before, after), value in sorted(extended(importances).items()):
+    for (start, end, before, after), value in sorted(extended(importances, splits).items()):
         split = splits.get((start, end))
         if split is None or (start == 0 and not before):
             continue
