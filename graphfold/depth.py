@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 from graphfold.errors import UsageError
@@ -117,6 +117,39 @@ def extended(importances: Mapping[Ends, float], spans: Iterable[Span] = ()) -> d
     return found
 
 
+def depth_entries(
+    latencies: Mapping[Span, float],
+    importances: Mapping[Ends, float],
+    *,
+    alpha: float = 0.0,
+    labels: Mapping[Span, tuple[Hashable, Hashable]] | None = None,
+) -> list[Entry[Run]]:
+    """The second stage's entries: runs whose activation states must agree where they meet.
+
+    The activation at position 0 stays. A run is possible where both tables (the importances in
+    their extended form) have it.
+
+    Args:
+        latencies: T, by positions.
+        importances: I, by positions and activation states.
+        alpha: normalises importances where it is not 0.
+        labels: what the activations at a span's ends are called; their positions by default.
+    """
+    if alpha:
+        importances = normalised(importances, alpha)
+    splits = optimal_splits(latencies)
+    entries: list[Entry[Run]] = []
+    for (start, end, before, after), value in sorted(extended(importances, splits).items()):
+        split = splits.get((start, end))
+        if split is None or (start == 0 and not before):
+            continue
+        first, last = labels[start, end] if labels else (start, end)
+        agree = ((first, before), (last, after))
+        run = Run(split, before, after)
+        entries.append(Entry(start, end, split.latency, value, run, agree))
+    return entries
+
+
 def depth_frontier(
     latencies: Mapping[Span, float],
     importances: Mapping[Ends, float],
@@ -127,24 +160,10 @@ def depth_frontier(
 ) -> Frontier[Run]:
     """Every budget's best choice of activations and merges, by the two-stage method.
 
-    The activation at position 0 stays. Both tables are keyed by positions; a run is possible
-    where both (importance: in its extended form) have it.
-
     Raises:
-        UsageError: no choice of runs covers the network.
+        GapError: no choice of runs covers the network.
     """
-    if alpha:
-        importances = normalised(importances, alpha)
-    splits = optimal_splits(latencies)
-    entries: list[Entry[Run]] = []
-    for (start, end, before, after), value in sorted(extended(importances, splits).items()):
-        split = splits.get((start, end))
-        if split is None or (start == 0 and not before):
-            continue
-        agree = ((start, before), (end, after))
-        run = Run(split, before, after)
-        entries.append(Entry(start, end, split.latency, value, run, agree))
-    return frontier(entries, positions, compat=compat)
+    return frontier(depth_entries(latencies, importances, alpha=alpha), positions, compat=compat)
 
 
 def kept_activations(solution: Solution[Run]) -> frozenset[int]:

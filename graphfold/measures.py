@@ -250,8 +250,12 @@ def _problem(detail: dict[str, Any], kind: type[Table]) -> Problem:
     match detail["type"]:
         case "json_invalid":
             return Problem("table", f"not JSON: {detail['ctx']['error']}")
-        case "union_tag_not_found" | "union_tag_invalid":
-            return Problem("measures", "a table says what it measures", "latency or importance")
+        case "union_tag_not_found":
+            return Problem("measures", "is required", "latency or importance")
+        case "union_tag_invalid":
+            tag, kinds = str(detail["ctx"]["tag"]), ("latency", "importance")
+            meant = nearest(tag, kinds) or "latency or importance"
+            return Problem("measures", f"{tag!r} is not valid", meant)
         case "extra_forbidden":
             hint = nearest(str(location[-1]), _fields_at(location, kind))
             return Problem(path, "unknown key", hint)

@@ -34,6 +34,17 @@ _PUBLISHED_DIGITS = 7
 _ROUNDING = 1e-12
 
 
+class GapError(UsageError):
+    """No path of entries leads from the first position to the last.
+
+    `position` is the furthest one that a path reaches.
+    """
+
+    def __init__(self, what: str, position: int) -> None:
+        self.position = position
+        super().__init__(what)
+
+
 @dataclass(frozen=True, slots=True)
 class Entry(Generic[Choice]):
     """One way to realise everything between two positions.
@@ -212,7 +223,7 @@ def frontier(
 
     Raises:
         MeasuresError: entries that are malformed, all of them listed.
-        UsageError: no path of entries leads from the first position to the last.
+        GapError: no path of entries leads from the first position to the last.
     """
     _check(entries, positions)
     search = _Search(entries, positions, compat)
@@ -259,7 +270,7 @@ class _Search:
             for state, sources in self._candidates(position).items():
                 self._states[position][state] = self._add(self._pareto(sources))
         if not self._states[-1]:
-            raise UsageError(_gap(self._states, self._incoming))
+            raise _gap(self._states, self._incoming)
         # No group is needed behind the last position, so there is one state.
         (last,) = self._states[-1].values()
         return self.fronts[last]
@@ -378,8 +389,8 @@ def _undominated(cost: _Floats, importance: _Floats, digits: int | None) -> _Ind
 def _gap(
     states: Sequence[Mapping[Agreement, int]],
     incoming: Sequence[Mapping[tuple[int, Agreement], _Indices]],
-) -> str:
+) -> GapError:
     reached = max(position for position, found in enumerate(states) if found)
     if any(start == reached for group in incoming for start, _ in group):
-        return f"no path of entries that agree leads from position {reached} to the last one"
-    return f"no entry leads on from position {reached}: the network has a gap there"
+        return GapError(f"no entries that agree lead on from position {reached}", reached)
+    return GapError(f"no entry leads on from position {reached}", reached)
