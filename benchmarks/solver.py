@@ -53,11 +53,13 @@ def synthetic(layers: int, count: int) -> list[Entry[int]]:
     return entries
 
 
-def milliseconds(entries: list[Entry[int]], positions: int) -> tuple[float, int]:
+def milliseconds(
+    entries: list[Entry[int]], positions: int, rounds: int = ROUNDS
+) -> tuple[float, int]:
     """Median time of a frontier, in milliseconds of processor time, and its number of points."""
     taken: list[float] = []
     points = 0
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         begin = time.process_time()
         points = len(frontier(entries, positions))
         taken.append(1e3 * (time.process_time() - begin))

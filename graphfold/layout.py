@@ -10,7 +10,7 @@ branches add up like those of steps in a row, so branches are laid out one behin
 
 An entry from p to q, or further, replaces the whole block; one inside a branch stays inside it,
 since both its tensors are of that branch. The join (an Add, a Concat) is the step from the last
-branch's end to q.
+branch's end to q; a row names it by the end of any of the branches and q.
 """
 
 from __future__ import annotations
@@ -71,8 +71,7 @@ class Layout:
     Attributes:
         activations: as given.
         positions: their number.
-        joins: one for every block of branches. Each needs an entry of its own: without one,
-            nothing leads out of the block but what replaces it.
+        joins: one for every block of branches.
     """
 
     def __init__(self, chain: Chain, activations: Mapping[str, str] | None = None) -> None:
@@ -80,6 +79,7 @@ class Layout:
         self._cuts = {behind: before for before, behind in self.activations.items()}
         self._chains: list[dict[str, int]] = []
         self._of_tensor: dict[str, list[int]] = {}
+        self._join_of: dict[tuple[str, str], Span] = {}
         self.joins: list[Join] = []
         self.positions = self._place(chain, 0) + 1
 
@@ -97,7 +97,10 @@ class Layout:
             for branch in branches:
                 position = self._place(branch, position)
             if branches:
-                self.joins.append(Join(position, position + 1, chain.tensors[index + 1]))
+                joined = chain.tensors[index + 1]
+                self.joins.append(Join(position, position + 1, joined))
+                for branch in branches:
+                    self._join_of[branch.tensors[-1], joined] = (position, position + 1)
             position += 1
         raise AssertionError("a chain has a last tensor")
 
@@ -118,6 +121,8 @@ class Layout:
             if tensor not in self._of_tensor:
                 what = f"{tensor!r} is no tensor at which segments end"
                 return Problem(tensor, what, nearest(tensor, self._of_tensor))
+        if (source, target) in self._join_of:
+            return self._join_of[source, target]
         common = set(self._of_tensor[source]) & set(self._of_tensor[target])
         if not common:
             return Problem(source, f"no chain of segments holds both {source!r} and {target!r}")

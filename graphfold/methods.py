@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -37,7 +37,8 @@ def solve(
     """Every budget's best choice by one of the methods; a choice is a row of segments.
 
     Args:
-        candidates: both figures of every replacement, unchanged segments included.
+        candidates: both figures of every replacement, unchanged segments included. Joins of
+            branches without one cost nothing.
         layout: where their tensors are.
         method: which candidates may be chosen, and together.
         compat: the published discretisation.
@@ -68,8 +69,14 @@ def solve(
 def _frontier(
     entries: Sequence[Entry[Pieces]], layout: Layout, compat: Floor | None
 ) -> Frontier[Pieces]:
+    priced = {(entry.start, entry.end) for entry in entries}
+    free: list[Entry[Pieces]] = [
+        Entry(join.start, join.end, 0.0, 0.0, ())
+        for join in layout.joins
+        if (join.start, join.end) not in priced
+    ]
     try:
-        return frontier(entries, layout.positions, compat=compat)
+        return frontier([*entries, *free], layout.positions, compat=compat)
     except GapError as error:
         raise UsageError(
             f"no choice of segments leads on from {layout.name_at(error.position)!r}",
@@ -130,9 +137,17 @@ def _depth(placed: _Placed, layout: Layout, alpha: float) -> list[Entry[Pieces]]
         row = found.row
         ends = (start, end, row.start_active is not False, row.end_active is not False)
         importances[ends] = found.importance
-    labels = {span: (layout.cut(row.input), layout.cut(row.output)) for span, row in rows.items()}
+    labels = {span: _labels(span, row, layout) for span, row in rows.items()}
     entries = depth_entries(latencies, importances, alpha=alpha, labels=labels)
     return [_with_choice(entry, tuple(_pieces(entry.choice, rows))) for entry in entries]
+
+
+def _labels(span: Span, row: Row, layout: Layout) -> tuple[Hashable, Hashable]:
+    """What must agree at a span's ends; where a row states nothing, it agrees with anything."""
+    return (
+        (span, "start") if row.start_active is None else layout.cut(row.input),
+        (span, "end") if row.end_active is None else layout.cut(row.output),
+    )
 
 
 def _with_choice(entry: Entry[Run], pieces: Pieces) -> Entry[Pieces]:

@@ -208,12 +208,12 @@ class _Lines:
 
 def _key(line: _Line, names: Names) -> dict[str, Any]:
     start, end = line.get("st", _whole), line.get("end", _whole)
-    key: dict[str, Any] = {
-        "input": line.get("st", lambda text: names.tensor(_whole(text))),
-        "output": line.get("end", lambda text: names.tensor(_whole(text))),
-    }
     if line.problems:
         return {}
+    key: dict[str, Any] = {
+        "input": line.get("st", lambda _: names.tensor(start)),
+        "output": line.get("end", lambda _: names.tensor(end)),
+    }
     if start >= end:
         line.problems.append(Problem(f"line {line.number}", f"leads from {start} to {end}"))
     if "ker" in line:
