@@ -260,3 +260,14 @@ def test_tables_of_different_models_are_not_joined() -> None:
     assert join(times, same) == ()
     with pytest.raises(MeasuresError, match="made for different models"):
         join(times, other)
+
+
+def test_the_documented_table_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "planning.md").read_text()
+    path = tmp_path / "t.json"
+    path.write_text(text.split("```json\n")[1].split("```")[0])
+    table = read_latency(path)
+    assert [row.value for row in table.rows] == [1.25, 0.91]
+    listed = text.split("| field of a row | |")[1].split("\n\n")[0]
+    fields = {name for name in LatencyRow.model_fields if name != "splits"}
+    assert {name for name in fields if f"`{name}`" in listed} == fields
