@@ -230,3 +230,7 @@ def test_a_removed_activation_at_an_end_is_kept_apart_from_merging() -> None:
     assert best.importance == 2.0
     assert kept_activations(best) == {2}
     assert merge_ends(best) == {1, 2}
+
+
+def test_a_run_is_split_only_where_that_is_faster() -> None:
+    assert optimal_splits({(0, 1): 1.0, (1, 2): 1.0, (0, 2): 2.0})[0, 2].breaks == (0, 2)
