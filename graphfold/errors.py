@@ -46,7 +46,7 @@ class DataError(GraphfoldError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of a plan: the JSON path it stands at, what is wrong, what would be right."""
+    """One problem of a file: the path it stands at, what is wrong, what would be right."""
 
     path: str
     what: str
@@ -56,11 +56,10 @@ class Problem:
         return f"{self.path}: {self.what}" + (f" ({self.hint})" if self.hint else "")
 
 
-class PlanError(GraphfoldError):
-    """A plan that is malformed, does not fit the model, or asks for a merge that is not equal.
+class ProblemsError(GraphfoldError):
+    """Several problems of one input, listed at once, each with its path."""
 
-    All problems are listed at once, each with its JSON path.
-    """
+    subject = "input"
 
     def __init__(self, problems: Sequence[Problem], *, where: str | None = None) -> None:
         self.problems = tuple(problems)
@@ -68,8 +67,32 @@ class PlanError(GraphfoldError):
             what = str(self.problems[0])
         else:
             lines = "".join(f"\n  {problem}" for problem in self.problems)
-            what = f"{len(self.problems)} problems in the plan:{lines}"
+            what = f"{len(self.problems)} problems in the {self.subject}:{lines}"
         super().__init__(what, where=where)
+
+
+class PlanError(ProblemsError):
+    """A plan that is malformed, does not fit the model, or asks for a merge that is not equal.
+
+    All problems are listed at once, each with its JSON path.
+    """
+
+    subject = "plan"
+
+
+class MeasuresError(ProblemsError):
+    """A table of latencies or importances that is malformed or does not fit model or other table.
+
+    All problems are listed at once, each with its row.
+    """
+
+    subject = "table"
+
+
+class BudgetError(GraphfoldError):
+    """A budget that no choice of segments meets."""
+
+    exit_code = 1
 
 
 class NotExactError(GraphfoldError):

@@ -42,8 +42,8 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     Raises:
         OutputError: the file cannot be written; nothing is left and an old file is untouched.
     """
-    pending = PendingFile(path)
     try:
+        pending = PendingFile(path)
         with pending:
             yield pending.file
             pending.publish(pending.target)
