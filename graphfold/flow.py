@@ -71,23 +71,24 @@ class _Flow:
     Attributes:
         points: by vertex; None at both ends.
         sources: by vertex, the vertices that flow into it; all smaller.
-        producer: by vertex, the node that made its tensor.
+        order: the nodes through which something flows, numbered in execution order.
     """
 
     def __init__(self, graph: Graph) -> None:
         self.points: list[Point | None] = [None]
         self.sources: list[list[int]] = [[]]
-        self.order = {node: index for index, node in enumerate(graph.ir)}
+        self.order: dict[ir.Node, int] = {}
         self._vertex: dict[tuple[ir.Value, ir.Node | None], int] = {}
         for value in graph.ir.inputs:
             if not graph.is_constant(value):
                 self._add_tensor(value, [0])
-        for node in graph.ir:
+        for index, node in enumerate(graph.ir):
             if is_op(node, *_SHAPE_ONLY):
                 continue
             read = [value for value in variable_inputs(graph, node) if self._knows(value)]
             if not read:
                 continue
+            self.order[node] = index
             entering = [self._entering(value, node) for value in dict.fromkeys(read)]
             for output in node.outputs:
                 if output.name and (output.uses() or output.is_graph_output()):
@@ -111,7 +112,7 @@ class _Flow:
         readers = list(dict.fromkeys(usage.node for usage in value.uses()))
         readers = [node for node in readers if not is_op(node, *_SHAPE_ONLY)]
         if len(readers) + value.is_graph_output() > 1:
-            for reader in sorted(readers, key=lambda node: self.order.get(node, -1)):
+            for reader in readers:
                 self._add(Point(value, reader), [vertex])
 
     def _entering(self, value: ir.Value, node: ir.Node) -> int:

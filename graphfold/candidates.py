@@ -1,0 +1,379 @@
+"""What a plan may choose: for every two cut tensors, the single convolutions between them.
+
+Segments lie on single-entry single-exit chains (`graphfold.flow`), so they nest inside residual
+branches and hold a branch whole or not at all. A segment begins with what a convolution reads and
+ends before the next activation or convolution; with the activations inside removed, everything in it
+must be linear. Its convolutions that map a tensor to one of the same shape may go as well, and each
+number kept of each kind (kernel, depthwise or not) gives one kernel: 1 + sum of (k - 1) along the
+longest branch (LayerMerge, section 3.2). Of the subsets with the same kernel the one whose kept
+weights have the largest l1 norm stands for all (its equation 3).
+
+Reasons are kept for what is excluded: the first operator that is not linear, or a kernel above one
+behind a stride, where (k - 1) * stride + 1 taps are legal algebra and never pay.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import onnx_ir as ir
+
+from graphfold.flow import FlowChain, flow_chains
+from graphfold.graph import Graph, attribute, is_op
+from graphfold.linear import OPERATORS, is_join, variable_inputs
+from graphfold.plan import Family
+from graphfold.sites import ActivationSite, ConvSite, Sites, find_sites
+
+# Beyond this many taps along an axis no merge has ever paid; it bounds the work on long runs.
+LARGEST_KERNEL = 31
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One convolution that a segment may become.
+
+    Attributes:
+        kernel, stride: of the convolution, one entry per spatial axis.
+        family: dense or depthwise; pointwise counts as dense of kernel 1.
+        removed_convs: conv sites inside that go, by name, in execution order.
+        kept_l1: l1 norm of the weights of those that stay.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    family: Family
+    removed_convs: tuple[str, ...]
+    kept_l1: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Two cut tensors and the convolutions that may stand between them.
+
+    Attributes:
+        input, output: the tensors, as plans name them.
+        convs: the conv sites inside, in execution order.
+        activations: the activation sites inside, all of which go in a merge.
+        nodes: all nodes inside.
+        choices: by kernel, largest first; none for one convolution that stays as it is.
+        adds: whether the segment holds a residual Add or joins branches otherwise.
+    """
+
+    input: ir.Value
+    output: ir.Value
+    convs: tuple[ConvSite, ...]
+    activations: tuple[ActivationSite, ...]
+    nodes: tuple[ir.Node, ...]
+    choices: tuple[Choice, ...]
+    adds: bool
+
+    @property
+    def is_single(self) -> bool:
+        """One convolution and nothing to merge it with."""
+        return len(self.convs) == 1 and not self.adds
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Why segments from one tensor reach no further than another."""
+
+    input: str
+    output: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All candidates of a graph, and why there are no others."""
+
+    graph: Graph
+    sites: Sites
+    chains: tuple[FlowChain, ...]
+    found: tuple[Candidate, ...]
+    excluded: tuple[Exclusion, ...]
+
+    @cached_property
+    def removable(self) -> tuple[ConvSite, ...]:
+        """Convolutions that may be dropped alone (LayerOnly), in execution order."""
+        return tuple(site for site in self.sites.convs if site.removable)
+
+
+def find_candidates(graph: Graph, sites: Sites | None = None) -> Candidates:
+    """Every segment that one convolution may replace, in order of input and output."""
+    sites = sites or find_sites(graph)
+    chains = flow_chains(graph)
+    search = _Search(graph, sites)
+    found: list[Candidate] = []
+    excluded: list[Exclusion] = []
+    for chain in chains:
+        for start in range(len(chain.points) - 1):
+            for result in search.from_point(chain, start):
+                if isinstance(result, Candidate):
+                    found.append(result)
+                else:
+                    excluded.append(result)
+    held = {(each.input, each.nodes[-1]) for each in found}
+    del held
+    kept = [each for each in found if not search.is_branch_of_another(each, found)]
+    order = sites.order
+    kept.sort(key=lambda each: (order[each.nodes[0]], order[each.nodes[-1]]))
+    return Candidates(graph, sites, tuple(chains), tuple(kept), tuple(excluded))
+
+
+class _Search:
+    """What is asked of a graph again and again while its segments are listed."""
+
+    def __init__(self, graph: Graph, sites: Sites) -> None:
+        self.graph = graph
+        self.sites = sites
+        self.conv_of = {site.conv: site for site in sites.convs}
+        self.site_of = {node: site for site in sites.convs for node in site.nodes}
+        self.begins = {site.input: site for site in sites.convs}
+        self.activation_of = {node: site for site in sites.activations for node in site.nodes}
+        self.activated = {site.input: site for site in sites.activations}
+        self.stage_ends = {
+            self._stage_end(site) for site in sites.convs if max(_strides(site.conv)) > 1
+        }
+
+    def _stage_end(self, site: ConvSite) -> ir.Value:
+        """The last tensor that a strided convolution merges into: behind a pointwise one."""
+        behind = self.activated.get(site.output)
+        following = self.begins.get(site.output if behind is None else behind.output)
+        return following.output if following is not None and following.pointwise else site.output
+
+    def from_point(self, chain: FlowChain, start: int) -> Iterator[Candidate | Exclusion]:
+        """Segments of a chain that begin at one of its points, growing."""
+        source = chain.points[start].value
+        if source not in self.begins and not self._block_begins(chain, start):
+            return
+        nodes: list[ir.Node] = []
+        for end in range(start + 1, len(chain.points)):
+            step = chain.steps[end - 1]
+            reason = self._why_not_linear(step)
+            nodes += step
+            target = chain.points[end].value
+            if reason is None and step and self._ends_at(chain, end):
+                reason = yield from self._candidate(source, target, nodes)
+            if reason is None and target in self.stage_ends and end + 1 < len(chain.points):
+                reason = "the resolution changes before it"
+            if reason is not None:
+                yield Exclusion(source.name or "", target.name or "", reason)
+                return
+
+    def _block_begins(self, chain: FlowChain, start: int) -> bool:
+        """Whether branches of convolutions begin here: some reader is a convolution's site."""
+        return any(self.begins.get(chain.points[start].value) is not None for _ in (0,)) or any(
+            self.site_of.get(node) is not None and node is self.site_of[node].nodes[0]
+            for node in chain.steps[start][:1]
+        )
+
+    def _ends_at(self, chain: FlowChain, end: int) -> bool:
+        """A segment ends behind a conv site, or behind a join, not before its normalisation."""
+        step = chain.steps[end - 1]
+        last = step[-1]
+        target = chain.points[end].value
+        if last in self.activation_of:
+            return False
+        site = self.site_of.get(last)
+        if site is not None:
+            return site.output is target
+        return is_join(self.graph, last)
+
+    def _why_not_linear(self, step: Sequence[ir.Node]) -> str | None:
+        inside = set(step)
+        for node in step:
+            activation = self.activation_of.get(node)
+            if activation is not None:
+                if inside.issuperset(activation.nodes):
+                    continue
+                return f"{activation.name!r} is only partly inside"
+            if is_join(self.graph, node) or node in self.site_of:
+                continue
+            if is_op(node, *OPERATORS) and len(variable_inputs(self.graph, node)) == 1:
+                continue
+            return f"{node.op_type} at {node.outputs[0].name!r} is not linear"
+        return None
+
+    def _candidate(
+        self, source: ir.Value, target: ir.Value, nodes: Sequence[ir.Node]
+    ) -> Iterator[Candidate]:
+        """The candidate between two tensors; returns why nothing longer is one."""
+        convs = tuple(self.conv_of[node] for node in nodes if node in self.conv_of)
+        if not convs:
+            return None
+        reason = self._why_no_kernel(source, nodes)
+        if reason is not None:
+            return reason
+        activations = dict.fromkeys(
+            self.activation_of[node] for node in nodes if node in self.activation_of
+        )
+        yield Candidate(
+            input=source,
+            output=target,
+            convs=convs,
+            activations=tuple(activations),
+            nodes=tuple(nodes),
+            choices=tuple(self._choices(source, target, nodes, convs)),
+            adds=any(is_join(self.graph, node) for node in nodes),
+        )
+        return None
+
+    def _why_no_kernel(self, source: ir.Value, nodes: Sequence[ir.Node]) -> str | None:
+        try:
+            extents, _ = self._window(source, nodes, frozenset())
+        except _Misfit as error:
+            return str(error)
+        if max(extents) > LARGEST_KERNEL:
+            return f"its kernel would have {max(extents)} taps"
+        return None
+
+    def _window(
+        self, source: ir.Value, nodes: Sequence[ir.Node], removed: frozenset[ir.Node]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Kernel and stride of what these nodes become without some of their convolutions.
+
+        Padding is left out: it decides where a merge is exact, not how large it is.
+        """
+        rank = len(next(iter(self.conv_of.values())).kernel)
+        for node in nodes:
+            if node in self.conv_of:
+                rank = len(self.conv_of[node].kernel)
+                break
+        known = {source: ((1,) * rank, (1,) * rank)}
+        last = known[source]
+        for node in nodes:
+            parts = [known[value] for value in variable_inputs(self.graph, node) if value in known]
+            if not parts:
+                continue
+            strides = {stride for _, stride in parts}
+            if len(strides) > 1:
+                raise _Misfit(f"branches of different strides meet at {node.outputs[0].name!r}")
+            extent = tuple(max(sizes) for sizes in zip(*(part[0] for part in parts), strict=True))
+            last = (extent, strides.pop())
+            if node not in removed:
+                last = self._after(node, *last)
+            known.update(dict.fromkeys(node.outputs, last))
+        return last
+
+    def _after(
+        self, node: ir.Node, extent: tuple[int, ...], stride: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if not is_op(node, "Conv", "AveragePool"):
+            return extent, stride
+        rank = len(extent)
+        site = self.conv_of.get(node)
+        kernel = site.kernel if site is not None else attribute(node, "kernel_shape")
+        dilations = attribute(node, "dilations") or [1] * rank
+        strides = attribute(node, "strides") or [1] * rank
+        if any(size > 1 and step > 1 for size, step in zip(kernel, stride, strict=True)):
+            raise _Misfit(
+                f"the kernel {list(kernel)} of {node.outputs[0].name!r} stands behind stride "
+                f"{list(stride)}"
+            )
+        grown = tuple(
+            size + (taps - 1) * dilation * step
+            for size, taps, dilation, step in zip(extent, kernel, dilations, stride, strict=True)
+        )
+        return grown, tuple(one * other for one, other in zip(stride, strides, strict=True))
+
+    def _choices(
+        self,
+        source: ir.Value,
+        target: ir.Value,
+        nodes: Sequence[ir.Node],
+        convs: Sequence[ConvSite],
+    ) -> Iterator[Choice]:
+        """One choice per kernel and family, the largest kernels first."""
+        kinds: dict[tuple[tuple[int, ...], bool], list[ConvSite]] = defaultdict(list)
+        for site in convs:
+            if site.removable:
+                kinds[site.kernel, site.depthwise].append(site)
+        for sites in kinds.values():
+            # Those of the smallest norm go first (equation 3, per kind of convolution).
+            sites.sort(key=self._l1)
+        best: dict[tuple[tuple[int, ...], Family], Choice] = {}
+        for counts in itertools.product(*(range(len(sites) + 1) for sites in kinds.values())):
+            gone = [
+                site
+                for count, sites in zip(counts, kinds.values(), strict=True)
+                for site in sites[:count]
+            ]
+            if len(gone) == len(convs):
+                continue
+            choice = self._choice(source, nodes, convs, gone)
+            held = best.get((choice.kernel, choice.family))
+            if held is None or choice.kept_l1 > held.kept_l1:
+                best[choice.kernel, choice.family] = choice
+        del target
+        yield from sorted(best.values(), key=lambda each: (math.prod(each.kernel), each.family))[
+            ::-1
+        ]
+
+    def _choice(
+        self,
+        source: ir.Value,
+        nodes: Sequence[ir.Node],
+        convs: Sequence[ConvSite],
+        gone: Sequence[ConvSite],
+    ) -> Choice:
+        names = {site.name for site in gone}
+        kept = [site for site in convs if site.name not in names]
+        kernel, stride = self._window(source, nodes, frozenset(site.conv for site in gone))
+        return Choice(
+            kernel=kernel,
+            stride=stride,
+            family="depthwise" if all(site.depthwise for site in kept) else "dense",
+            removed_convs=tuple(site.name for site in convs if site.name in names),
+            kept_l1=sum(self._l1(site) for site in kept),
+        )
+
+    def _l1(self, site: ConvSite) -> float:
+        found = self._norms.get(site.conv)
+        if found is None:
+            weight = self.graph.constant(site.conv.inputs[1])
+            assert weight is not None
+            found = self._norms[site.conv] = float(np.abs(weight).sum(dtype=np.float64))
+        return found
+
+    @cached_property
+    def _norms(self) -> dict[ir.Node, float]:
+        return {}
+
+    def is_branch_of_another(self, candidate: Candidate, found: Iterable[Candidate]) -> bool:
+        """Whether a segment is all of a branch whose join another segment holds with it."""
+        reader = candidate.output.uses()
+        if len(reader) != 1 or not is_join(self.graph, reader[0].node):
+            return False
+        join = reader[0].node
+        return any(
+            other.input is candidate.input and other.nodes[-1] is join for other in found
+        )
+
+
+def _strides(conv: ir.Node) -> Sequence[int]:
+    return attribute(conv, "strides") or (1,)
+
+
+class _Misfit(Exception):
+    """No single convolution has the window of these nodes."""
+
+
+def entry_counts(candidates: Candidates, within: Mapping[ir.Node, int] | None = None) -> tuple[int, int]:
+    """Pairs of cut tensors and table entries over them, as the papers count.
+
+    Args:
+        candidates: of a graph.
+        within: nodes to count in; all by default.
+    """
+    chosen = [
+        each
+        for each in candidates.found
+        if within is None or all(node in within for node in each.nodes)
+    ]
+    return len(chosen), sum(len(each.choices) for each in chosen)
