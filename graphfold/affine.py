@@ -176,6 +176,30 @@ class AffineConv:
             result += self.border_map(sizes) - self.bias.reshape(-1, *[1] * len(outputs))
         return np.asarray(result)
 
+    def absolute(self) -> AffineConv:
+        """The map with the magnitudes of its weights, biases and border kernel."""
+        border = None if self.border is None else np.abs(self.border)
+        return replace(self, weight=np.abs(self.weight), bias=np.abs(self.bias), border=border)
+
+    @property
+    def terms(self) -> int:
+        """Products and additions per output."""
+        per_output = math.prod(self.weight.shape[1:]) + 1
+        return per_output + (0 if self.border is None else math.prod(self.border.shape[1:]))
+
+    @property
+    def gain(self) -> float:
+        """Largest row sum of |W|."""
+        return float(np.abs(self.weight).sum(axis=tuple(range(1, self.weight.ndim))).max())
+
+    @property
+    def offset(self) -> float:
+        """Largest constant part, |B| and |b| together."""
+        offset = np.abs(self.bias)
+        if self.border is not None:
+            offset = offset + np.abs(self.border).sum(axis=tuple(range(1, self.border.ndim)))
+        return float(offset.max())
+
     def border_table(self, sizes: Sequence[int]) -> tuple[Array, tuple[NDArray[np.int64], ...]]:
         """The constant map (bias and border) compressed to its distinct rows per axis.
 

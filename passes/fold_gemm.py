@@ -37,6 +37,7 @@ from graphfold.linear import (
     linear_operator,
     variable_inputs,
 )
+from graphfold.maps import Dense
 from graphfold.merge import put_in_place, segment_nodes
 from graphfold.rewrite import Fold, Pass, Phase, Work, provenance, replaced_labels
 from graphfold.runs import RunCost
@@ -147,7 +148,7 @@ class FoldGemm(Pass):
             input=candidate.source.name,
         )
         result = _emit(emitter, candidate, weight, bias)
-        return put_in_place(work, nodes, candidate.output, result, fold)
+        return put_in_place(work, nodes, candidate.output, result, fold, Dense(weight, bias))
 
 
 # --- finding ----------------------------------------------------------------------------------
