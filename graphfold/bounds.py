@@ -74,7 +74,7 @@ def rounding_error(
     Args:
         affine: the fold in float64.
         source: [N, I, ...] what the fold read.
-        result: [N, O, ...] what it computed, in the model's type.
+        result: [N, O, ...] what it computed, in any shape, in the model's type.
 
     Returns:
         None where a value is not finite or the type has no roundoff (integers).
@@ -88,7 +88,7 @@ def rounding_error(
     steps = affine.terms + 2
     unit = _ROUNDOFF[kind]
     bound = steps * unit / (1 - steps * unit) * magnitude + steps * _TINY[kind]
-    error = np.abs(result.astype(np.float64) - exact)
+    error = np.abs(result.astype(np.float64).reshape(exact.shape) - exact)
     return RoundingError(
         bound=float(bound.max()),
         estimate=float(math.sqrt(steps) * unit * magnitude.max()),
