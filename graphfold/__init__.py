@@ -70,24 +70,25 @@ def optimize(
         VerificationError: the folded network differs from the reference.
         ModelError, UsageError: bad input.
     """
-    from graphfold.optimizer import load_any, optimize_model
+    from graphfold.optimizer import load_any, no_collection, optimize_model
 
-    return optimize_model(
-        load_any(model),
-        plan,
-        passes=passes,
-        skip_passes=skip_passes,
-        allow_other_model=allow_other_model,
-        allow_growth=allow_growth,
-        border_repair=border_repair,
-        input_shapes=input_shapes,
-        inputs=inputs,
-        tolerance=tolerance,
-        verify=verify,
-        require_verify=require_verify,
-        strip_metadata=strip_metadata,
-        progress=progress,
-    )
+    with no_collection():
+        return optimize_model(
+            load_any(model),
+            plan,
+            passes=passes,
+            skip_passes=skip_passes,
+            allow_other_model=allow_other_model,
+            allow_growth=allow_growth,
+            border_repair=border_repair,
+            input_shapes=input_shapes,
+            inputs=inputs,
+            tolerance=tolerance,
+            verify=verify,
+            require_verify=require_verify,
+            strip_metadata=strip_metadata,
+            progress=progress,
+        )
 
 
 def inspect(model: Any, *, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Inspection:

@@ -65,7 +65,7 @@ def _present_cost(work: Work, region: Region) -> RunCost:
     inside = set(region.nodes)
     total = RunCost()
     counted: set[ir.Node] = set()
-    for chain in chains(work):
+    for chain in chains(work, region.nodes):
         nodes = [link.node for link in chain.links]
         if inside.issuperset(nodes):
             total = total + best_split(work, chain).cost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import onnx
 import onnx_ir
 
 from graphfold.errors import ModelError
+from graphfold.tensors import payload_bytes
 
 _UNKNOWN_DOMAIN = "graphfold.unknown"
 _Opsets = Any  # a repeated field of OperatorSetIdProto, whose class is protobuf's own
@@ -213,9 +215,9 @@ def _check_inline(tensor: onnx_ir.serde.TensorProtoTensor) -> None:
     name = _TYPED_FIELDS.get(raw.data_type)
     if raw.HasField("raw_data"):
         # Typed fields are allowed to be absent, raw bytes are not allowed to be fewer.
-        found, expected, unit = len(raw.raw_data), tensor.nbytes, "bytes"
+        found, expected, unit = len(raw.raw_data), payload_bytes(tensor), "bytes"
     elif name is not None:
-        found, expected, unit = len(getattr(raw, name)), tensor.size, "elements"
+        found, expected, unit = len(getattr(raw, name)), math.prod(raw.dims), "elements"
     else:
         return
     if found != expected:

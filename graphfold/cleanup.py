@@ -14,7 +14,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from graphfold.graph import Graph, attribute, has_reference_attributes, is_op
+from graphfold.graph import (
+    DEFAULT_DOMAINS,
+    Graph,
+    attribute,
+    has_reference_attributes,
+    is_op,
+)
 from graphfold.rewrite import Work
 
 _SUBGRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
@@ -35,11 +41,9 @@ _IR_VERSION = 8
 
 def understood(node: ir.Node) -> bool:
     """An operator of the default domain whose attributes are all known, without subgraphs."""
-    return (
-        is_op(node, node.op_type)
-        and not has_reference_attributes(node)
-        and all(attr.type not in _SUBGRAPHS for attr in node.attributes.values())
-    )
+    if node.domain not in DEFAULT_DOMAINS:
+        return False
+    return not node.attributes or not (has_reference_attributes(node) or _has_subgraph(node))
 
 
 def is_captured(graph: Graph, value: ir.Value) -> bool:
@@ -55,12 +59,20 @@ def fixed_names(work: Work) -> set[str]:
 def free_nodes(work: Work) -> Iterator[ir.Node]:
     """Nodes that a clean-up may rewrite, in execution order, by a list that stays valid."""
     names = fixed_names(work)
+    # What no subgraph can capture need not be asked for.
+    scopes = any(_has_subgraph(node) for node in work.graph.ir)
     for node in work.graph.nodes():
         if node in work.barrier or not understood(node):
             continue
-        if any(value.name in names or is_captured(work.graph, value) for value in node.outputs):
+        if names and any(value.name in names for value in node.outputs):
+            continue
+        if scopes and any(is_captured(work.graph, value) for value in node.outputs):
             continue
         yield node
+
+
+def _has_subgraph(node: ir.Node) -> bool:
+    return any(attr.type in _SUBGRAPHS for attr in node.attributes.data.values())
 
 
 def why_not_bypassed(work: Work, output: ir.Value, source: ir.Value) -> str | None:

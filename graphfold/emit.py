@@ -99,7 +99,7 @@ class Emitter:
 
     def node(self, op_type: str, inputs: Iterable[ir.Value | None], **attributes: Any) -> ir.Value:
         """Insert a node; returns its output, named after the merge."""
-        attrs = [ir.convenience.convert_attribute(key, value) for key, value in attributes.items()]
+        attrs = [_attribute(key, value) for key, value in attributes.items()]
         node = ir.Node("", op_type, inputs, attrs, metadata_props=dict(self.metadata))
         self.graph.ir.insert_before(self.before, node)
         output = node.outputs[0]
@@ -110,6 +110,15 @@ class Emitter:
     def constant(self, data: NDArray[Any]) -> ir.Value:
         """Register a constant named after the merge."""
         return self.graph.add_initializer(self.base, data)
+
+
+def _attribute(name: str, value: Any) -> ir.Attr:
+    """An attribute of an emitted node; onnx-ir's own conversion takes longer than a small fold."""
+    if isinstance(value, int):
+        return ir.AttrInt64(name, value)
+    if isinstance(value, list):
+        return ir.AttrInt64s(name, value)
+    return ir.convenience.convert_attribute(name, value)
 
 
 def emit_affine(

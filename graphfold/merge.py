@@ -16,7 +16,7 @@ from graphfold.affine import AffineConv
 from graphfold.bounds import coefficients
 from graphfold.emit import Emitter, choose_repair, emit_affine, without_cropping
 from graphfold.errors import NotExactError
-from graphfold.geometry import Geometry
+from graphfold.geometry import Axis, Geometry
 from graphfold.graph import is_op, nodes_between
 from graphfold.linear import FLOAT_TYPES
 from graphfold.maps import AffineMap
@@ -42,6 +42,8 @@ class MergeCandidate:
 
 def segment_regions(work: Work) -> list[MergeCandidate]:
     """Regions of the plan's segments that are not one operator yet."""
+    if not work.segments:
+        return []
     values = work.graph.values()
     order = {node: index for index, node in enumerate(work.graph.ir)}
     found = []
@@ -60,7 +62,7 @@ def segment_regions(work: Work) -> list[MergeCandidate]:
 def segment_nodes(work: Work) -> set[ir.Node]:
     """The nodes that belong to the plan's segments, merged already or not."""
     owned = set(work.barrier)
-    for candidate in segment_regions(work) if work.segments else ():
+    for candidate in segment_regions(work):
         owned.update(candidate.region.nodes)
     return owned
 
@@ -138,7 +140,7 @@ def replace_region(
         groups=final.groups,
         boundary=segment.boundary if segment else "exact",
         repair=repair,
-        reach=reach(final.geometry),
+        reach=reach_of(final.axes),
         pass_name=pass_name,
         segment=segment.path if segment else None,
         macs=macs,
@@ -156,16 +158,17 @@ def put_in_place(
     output: ir.Value,
     result: ir.Value,
     fold: Fold,
-    affine: AffineMap,
+    affine: AffineMap | None = None,
 ) -> Fold:
     """Let `result` stand for `output`, remove what only that needed, and record the fold.
 
     Returns:
-        the fold with the coefficients of its rounding bound, from `affine` in float64.
+        the fold with the coefficients of its rounding bound, from `affine` in float64 where given.
     """
-    fold = replace(fold, coefficients=coefficients(affine))
-    if work.affines is not None:
-        work.affines[fold.output] = affine
+    if affine is not None:
+        fold = replace(fold, coefficients=coefficients(affine))
+        if work.affines is not None:
+            work.affines[fold.output] = affine
     made = result.producer()
     assert made is not None
     work.graph.take_over(output, result)
@@ -187,11 +190,11 @@ def _numpy(dtype: ir.DataType) -> np.dtype[np.generic]:
     return np.dtype(dtype.numpy())
 
 
-def reach(geometry: Geometry) -> tuple[tuple[int, int], ...]:
+def reach_of(axes: Sequence[Axis]) -> tuple[tuple[int, int], ...]:
     """Output rows per side of each axis whose window may reach into padding."""
     return tuple(
         (-(-max(0, axis.begin) // axis.stride), -(-max(0, axis.end) // axis.stride))
-        for axis in geometry.axes
+        for axis in axes
     )
 
 

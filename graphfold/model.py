@@ -27,6 +27,7 @@ from graphfold.files import (
     output_error,
     update_with_file,
 )
+from graphfold.outline import Outline, can_be_outlined
 
 ExternalData = Literal["auto", "always", "never"]
 
@@ -49,10 +50,17 @@ class Model:
     path: Path | None = None
     _header: origins.Header = field(default_factory=origins.Header, repr=False)
     _external: bool = field(default=False, repr=False)
+    # What was read, until someone may have edited it.
+    _outline: Outline | None = field(default=None, repr=False)
 
     def clone(self) -> Model:
         """Return a model with a graph of its own; tensors are shared."""
-        return replace(self, ir=self.ir.clone())
+        return replace(self, ir=self.ir.clone(), _outline=None)
+
+    def take_outline(self) -> onnx.ModelProto:
+        """The proto without weights, for shape inference; the caller may change it."""
+        outline, self._outline = self._outline, None
+        return to_proto(self, data=False) if outline is None else outline.with_shapes()
 
     @property
     def has_training_info(self) -> bool:
@@ -149,7 +157,12 @@ def _load_proto(proto: onnx.ModelProto, path: Path | None, *, check: bool) -> Mo
             _locate(tensor, path)
         if check or isinstance(tensor, onnx_ir.ExternalTensor):
             checks.check_tensor(tensor)
-    if check:
+    if in_order and can_be_outlined(proto):
+        outline = Outline(proto)
+        if check:
+            checks.check_operators(outline.proto)
+        model._outline = outline
+    elif check:
         checks.check_operators(writer.write(ir, header, payload=writer.Payload.STUB))
     return model
 

@@ -59,6 +59,18 @@ class NodeOrigin:
     attributes: dict[str, Origin] = field(default_factory=dict)
 
 
+class NodeSource(NamedTuple):
+    """A node of plain attributes as the source had it; a node that nothing changed is written so.
+
+    Attributes:
+        proto: the source's message, which must not change.
+        attributes: what onnx-ir made of its attributes, in order.
+    """
+
+    proto: onnx.NodeProto
+    attributes: tuple[onnx_ir.Attr, ...]
+
+
 @dataclass(frozen=True)
 class GraphOrigin:
     """What a graph or function listed, in its order, when it was read."""

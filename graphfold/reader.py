@@ -22,7 +22,6 @@ from onnx_ir import serde
 
 from graphfold.origins import (
     KEY,
-    NESTED,
     SPARSE,
     VALUE_FIELDS,
     AnyGraph,
@@ -30,6 +29,7 @@ from graphfold.origins import (
     GraphOrigin,
     Header,
     NodeOrigin,
+    NodeSource,
     Origin,
     copied,
     origin_of,
@@ -37,16 +37,20 @@ from graphfold.origins import (
 )
 from graphfold.tensors import values_by_name
 from graphfold.writer import (
-    Payload,
-    Writer,
     write_attribute_header,
     write_function_header,
     write_graph_header,
     write_model_header,
-    write_node,
     write_node_header,
     write_tensor_header,
 )
+
+# Attributes that onnx-ir holds as they are, references to them included; texts where it can.
+_NUMBERS = frozenset(
+    {onnx_ir.AttributeType.INT, onnx_ir.AttributeType.INTS}
+    | {onnx_ir.AttributeType.FLOAT, onnx_ir.AttributeType.FLOATS}
+)
+_TEXTS = frozenset({onnx_ir.AttributeType.STRING, onnx_ir.AttributeType.STRINGS})
 
 
 def read(original: onnx.ModelProto) -> tuple[onnx_ir.Model, Header]:
@@ -244,17 +248,14 @@ def _opaque_attribute(proto: onnx.AttributeProto) -> onnx_ir.Attr | None:
 
 
 def _remember_node(proto: onnx.NodeProto, node: onnx_ir.Node) -> None:
+    attributes = tuple(node.attributes.data.values())
+    if _is_plain(proto, attributes):
+        node.meta[KEY] = NodeSource(proto, attributes)
+        return
     for attribute in proto.attribute:
         opaque = _opaque_attribute(attribute)
         if opaque is not None:
             node.attributes[attribute.name] = opaque
-    nested = any(attr.type in NESTED for attr in node.attributes.values() if not attr.is_ref())
-    if not nested:
-        # The common case, in one comparison.
-        canonical = onnx.NodeProto()
-        write_node(canonical, node, Writer(Payload.OMIT))
-        if canonical == proto:
-            return
     canonical = onnx.NodeProto()
     write_node_header(canonical, node)
     origin = NodeOrigin(origin_of(canonical, without(proto, "attribute")))
@@ -264,6 +265,17 @@ def _remember_node(proto: onnx.NodeProto, node: onnx_ir.Node) -> None:
             _remember_attribute(attribute, attr, origin)
     if origin.header is not None or origin.attributes:
         node.meta[KEY] = origin
+
+
+def _is_plain(proto: onnx.NodeProto, attributes: tuple[onnx_ir.Attr, ...]) -> bool:
+    """Whether a node holds neither tensors nor graphs, nor anything that onnx-ir would lose."""
+    if proto.device_configurations:
+        return False
+    if all(attr.type in _NUMBERS for attr in attributes):
+        return True
+    if any(attr.type not in _NUMBERS and attr.type not in _TEXTS for attr in attributes):
+        return False
+    return not any(_lossy_attribute(attribute) for attribute in proto.attribute)
 
 
 def _remember_attribute(proto: onnx.AttributeProto, attr: onnx_ir.Attr, origin: NodeOrigin) -> None:

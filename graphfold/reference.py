@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graphfold.errors import PlanError, Problem
-from graphfold.graph import Graph
+from graphfold.graph import Graph, shapes_as_read
 from graphfold.merge import segment_problems
 from graphfold.model import Model, digest
 from graphfold.plan import Plan
@@ -42,16 +42,17 @@ def build_reference(
     allow_other_model: bool = False,
     progress: Progress | None = None,
 ) -> Reference:
-    """Apply a plan's semantics to a copy of a model; without a plan the copy is the model.
+    """Apply a plan's semantics to a copy of a model; without a plan it is the model itself.
 
     Raises:
         PlanError: the plan does not fit the model, or a segment cannot become one convolution;
             all problems at once.
     """
-    copy = model.clone()
-    graph = Graph(copy)
+    shapes = shapes_as_read(model)
     if plan is None:
-        return Reference(copy, graph, (), ())
+        return Reference(model, Graph(model, shapes), (), ())
+    copy = model.clone()
+    graph = Graph(copy, shapes)
     warnings = tuple(_check_digest(model, plan, allow_other_model))
     resolved = resolve_plan(graph, plan)
     dropped = [segment for segment in resolved.segments if segment.spec.family == "identity"]

@@ -225,19 +225,25 @@ def run_passes(
     """
     chosen = [each for each in passes if each.phase is phase]
     statistics = [PassStatistics(each.name) for each in chosen]
+    rewrites = 0
+    # How many rewrites each pass has seen: without a new one it would find nothing again.
+    seen = [-1] * len(chosen)
     for _ in range(_MOST_SWEEPS):
-        changed = False
+        before = rewrites
         for number, (each, counts) in enumerate(zip(chosen, statistics, strict=True)):
+            if seen[number] == rewrites:
+                continue
             if progress is not None:
                 progress(each.name, number, len(chosen))
-            changed |= _run_to_fixed_point(each, work, counts) and phase is Phase.FOLD
-        if not changed:
+            rewrites += _run_to_fixed_point(each, work, counts)
+            seen[number] = rewrites
+        if rewrites == before or phase is not Phase.FOLD:
             return statistics
     raise RuntimeError(f"the passes {', '.join(each.name for each in chosen)} do not settle")
 
 
-def _run_to_fixed_point(each: Pass, work: Work, statistics: PassStatistics) -> bool:
-    """Run one pass, adding to its statistics; whether it changed anything."""
+def _run_to_fixed_point(each: Pass, work: Work, statistics: PassStatistics) -> int:
+    """Run one pass, adding to its statistics; returns the number of rewrites."""
     started = time.perf_counter()
     before = statistics.applied
     for _ in range(_MOST_SWEEPS):
@@ -247,7 +253,7 @@ def _run_to_fixed_point(each: Pass, work: Work, statistics: PassStatistics) -> b
         raise RuntimeError(f"the pass {each.name} does not settle")
     statistics.found = statistics.applied + len(statistics.skipped)
     statistics.seconds += time.perf_counter() - started
-    return statistics.applied > before
+    return statistics.applied - before
 
 
 def _sweep(each: Pass, work: Work, statistics: PassStatistics) -> bool:

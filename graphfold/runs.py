@@ -8,7 +8,7 @@ known from geometry alone, before any weight is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from graphfold.geometry import Geometry
 from graphfold.graph import is_op, node_label, only_consumer
 from graphfold.linear import (
     FLOAT_TYPES,
+    OPERATORS,
     PER_CHANNEL,
     Context,
     LinearOperator,
@@ -116,16 +117,43 @@ class Split:
     pieces: tuple[tuple[int, int], ...]
 
 
-def chains(work: Work) -> Iterator[Chain]:
-    """All maximal chains with a convolution, in execution order, that no segment owns."""
+def chains(work: Work, nodes: Iterable[ir.Node]) -> Iterator[Chain]:
+    """Maximal chains around the convolutions among these nodes that no segment owns, in order."""
     taken: set[ir.Node] = set()
-    for node in work.graph.nodes():
+    for node in nodes:
         if node in taken or node in work.barrier or not is_op(node, "Conv"):
             continue
         chain = _chain_from(work, node)
         if chain is not None:
             taken.update(link.node for link in chain.links)
             yield chain
+
+
+def mergeable_chains(work: Work) -> Iterator[Chain]:
+    """The graph's chains of two convolutions or more, or with operators that lead to the first."""
+    candidates = [node for node in work.graph.nodes() if _has_company(work, node)]
+    for chain in chains(work, candidates):
+        if chain.convs > 1 or not chain.links[0].is_conv:
+            yield chain
+
+
+def _has_company(work: Work, conv: ir.Node) -> bool:
+    """Whether operators' names alone allow a chain around this convolution; reads no numbers."""
+    if not is_op(conv, "Conv"):
+        return False
+    source = conv.inputs[0]
+    before = None if source is None else source.producer()
+    if before is not None and is_op(before, "Conv", *_LEADING):
+        sources = variable_inputs(work.graph, before)
+        if len(sources) == 1:
+            return True
+    node = only_consumer(conv.outputs[0])
+    while is_op(node, *OPERATORS) and node not in work.barrier:
+        assert node is not None
+        if is_op(node, "Conv"):
+            return True
+        node = only_consumer(node.outputs[0])
+    return False
 
 
 def _first_before(work: Work, conv: ir.Node) -> ir.Node:
@@ -163,10 +191,10 @@ def _chain_from(work: Work, conv: ir.Node) -> Chain | None:
         return None
     if graph.dtype(conv.inputs[1]) not in FLOAT_TYPES:
         return None
+    first = _first_before(work, conv)
     rank = len(weight) - 2
     groups = conv.attributes["group"].as_int() if "group" in conv.attributes else 1
     channels = (weight[1] if isinstance(weight[1], int) else 0) * groups
-    first = _first_before(work, conv)
     sizes = graph.sizes(variable_inputs(graph, first)[0]) or (None,) * rank
     nominal = tuple(NOMINAL_SIZE if size is None else size for size in sizes)
     links: list[Link] = []

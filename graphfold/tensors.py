@@ -57,14 +57,18 @@ def graph_tensors(graph: onnx_ir.Graph) -> Iterator[onnx_ir.TensorProtocol]:
 
 def is_sparse(tensor: onnx_ir.TensorProtocol) -> bool:
     """Whether `tensor` is the dense view of a sparse initializer, written back as that."""
-    return SPARSE in tensor.meta
+    return isinstance(tensor, onnx_ir.LazyTensor) and SPARSE in tensor.meta
 
 
 def payload_bytes(tensor: onnx_ir.TensorProtocol) -> int:
     """The number of bytes of the tensor's elements (strings: of their characters)."""
     if tensor.dtype == onnx_ir.DataType.STRING:
         return sum(len(item) for item in strings(tensor))
-    return math.ceil(math.prod(tensor.shape.numpy()) * tensor.dtype.bitwidth / 8)
+    if isinstance(tensor, onnx_ir.serde.TensorProtoTensor):
+        dims: Sequence[int] = tensor.raw.dims
+    else:
+        dims = tensor.shape.numpy()
+    return math.ceil(math.prod(dims) * tensor.dtype.bitwidth / 8)
 
 
 def strings(tensor: onnx_ir.TensorProtocol) -> Sequence[bytes]:
@@ -73,3 +77,8 @@ def strings(tensor: onnx_ir.TensorProtocol) -> Sequence[bytes]:
         return tensor.string_data()
     flat = tensor.numpy().reshape(-1)
     return [item if isinstance(item, bytes) else str(item).encode() for item in flat]
+
+
+def first_bytes(tensor: onnx_ir.TensorProtocol, count: int) -> bytes:
+    """The bytes of the tensor's first `count` elements; data on disk is read no further."""
+    return bytes(tensor.numpy().reshape(-1)[:count].tobytes())

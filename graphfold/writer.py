@@ -6,6 +6,7 @@ said when it was read: what a pass changed stays changed, what it removed stays 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any, NamedTuple
@@ -25,10 +26,19 @@ from graphfold.origins import (
     GraphOrigin,
     Header,
     NodeOrigin,
+    NodeSource,
     Origin,
+    origin_of,
     restore,
+    without,
 )
-from graphfold.tensors import SMALL_TENSOR_BYTES, payload_bytes, strings, values_by_name
+from graphfold.tensors import (
+    SMALL_TENSOR_BYTES,
+    is_sparse,
+    payload_bytes,
+    strings,
+    values_by_name,
+)
 
 _QUANTIZATION = "quant_parameter_tensor_names"  # where onnx-ir keeps a value's annotation
 _FUNCTION_VALUE_INFO_IR_VERSION = 10
@@ -191,9 +201,10 @@ def _write_value_info(
             _write_info(proto.value_info.add(), values[entry], "info")
     apart = {id(value) for value in (*graph.inputs, *graph.outputs)}
     for name, value in values.items():
-        if name in listed or id(value) in apart:
+        # What was not listed when it was read had nothing to say.
+        if name in listed or name in known or id(value) in apart:
             continue
-        typed = value.type is not None and name not in known and not value.is_initializer()
+        typed = value.type is not None and not value.is_initializer()
         if typed or value.doc_string or value.metadata_props:
             _write_info(proto.value_info.add(), value, "info")
 
@@ -215,6 +226,8 @@ def _write_quantization(
         if len(kept) != len(entry.quant_parameter_tensor_names):
             target.ClearField("quant_parameter_tensor_names")
             target.quant_parameter_tensor_names.extend(kept)
+    if origin is not None and not origin.quantization:
+        return
     for name, value in values.items():
         parameters: dict[str, str] | None = value.meta.get(_QUANTIZATION)
         if parameters and name not in written:
@@ -244,8 +257,15 @@ def write_node_header(proto: onnx.NodeProto, node: onnx_ir.Node) -> None:
 
 def write_node(proto: onnx.NodeProto, node: onnx_ir.Node, writer: Writer) -> None:
     """A node with its attributes and the subgraphs in them."""
+    source: NodeOrigin | NodeSource | None = node.meta.data.get(KEY)
+    if isinstance(source, NodeSource):
+        if _is_unchanged(node, source):
+            proto.CopyFrom(source.proto)
+            return
+        origin: NodeOrigin | None = _origin_of_node(source)
+    else:
+        origin = source
     write_node_header(proto, node)
-    origin: NodeOrigin | None = node.meta.get(KEY)
     if origin is not None:
         restore(proto, origin.header)
     for attr in node.attributes.values():
@@ -254,6 +274,56 @@ def write_node(proto: onnx.NodeProto, node: onnx_ir.Node, writer: Writer) -> Non
         if origin is not None:
             restore(target, origin.attributes.get(attr.name))
         _write_attribute_content(target, attr, writer)
+
+
+def _is_unchanged(node: onnx_ir.Node, source: NodeSource) -> bool:
+    """Whether a node still says what its source said."""
+    proto = source.proto
+    attributes = node.attributes.data
+    return (
+        [value.name if value is not None else "" for value in node.inputs] == proto.input
+        and [value.name or "" for value in node.outputs] == proto.output
+        and node.op_type == proto.op_type
+        and node.domain == proto.domain
+        and (node.name or "") == proto.name
+        and (node.doc_string or "") == proto.doc_string
+        and node.overload == proto.overload
+        and len(attributes) == len(source.attributes)
+        and all(map(operator.is_, attributes.values(), source.attributes))
+        and _same_metadata(node, proto)
+    )
+
+
+def _same_metadata(node: onnx_ir.Node, proto: onnx.NodeProto) -> bool:
+    if not node.metadata_props and not proto.metadata_props:
+        return True
+    return node.metadata_props == {item.key: item.value for item in proto.metadata_props}
+
+
+def _origin_of_node(source: NodeSource) -> NodeOrigin:
+    """Both forms of a node of plain attributes; asked for only where a pass changed the node."""
+    proto = source.proto
+    node = onnx_ir.Node(
+        proto.domain,
+        proto.op_type,
+        [onnx_ir.Value(name=name) if name else None for name in proto.input],
+        source.attributes,
+        overload=proto.overload,
+        outputs=[onnx_ir.Value(name=name) for name in proto.output],
+        name=proto.name,
+        doc_string=proto.doc_string or None,
+        metadata_props={item.key: item.value for item in proto.metadata_props},
+    )
+    canonical = onnx.NodeProto()
+    write_node_header(canonical, node)
+    origin = NodeOrigin(origin_of(canonical, without(proto, "attribute")))
+    for attribute in proto.attribute:
+        written = onnx.AttributeProto()
+        write_attribute_header(written, node.attributes[attribute.name])
+        found = origin_of(written, attribute)
+        if found is not None:
+            origin.attributes[attribute.name] = found
+    return origin
 
 
 def write_attribute_header(proto: onnx.AttributeProto, attr: onnx_ir.Attr) -> None:
@@ -318,10 +388,9 @@ def _write_initializer(proto: onnx.GraphProto, value: onnx_ir.Value, writer: Wri
     tensor = value.const_value
     if tensor is None:
         return
-    sparse: onnx.SparseTensorProto | None = tensor.meta.get(SPARSE)
-    if sparse is not None:
+    if is_sparse(tensor):
         target = proto.sparse_initializer.add()
-        target.CopyFrom(sparse)
+        target.CopyFrom(tensor.meta[SPARSE])
         target.values.name = _name(value)
         return
     dense = proto.initializer.add()

@@ -1,8 +1,9 @@
-"""Fold a BatchNormalization, or per-channel constants, into the convolution before it.
+"""Fold BatchNormalizations, and per-channel constants, into the convolution before them.
 
 gamma * (W * x + b - mean) / sqrt(var + eps) + beta is a convolution with row o of W scaled by
-gamma_o / sqrt(var_o + eps) and bias (b - mean) * scale + beta. The node's own epsilon counts.
-Exact everywhere, borders included, since nothing pads in between.
+gamma_o / sqrt(var_o + eps) and bias (b - mean) * scale + beta; what is scaled and shifted again
+folds likewise. The node's own epsilon counts. Exact everywhere, borders included, since nothing
+pads in between: stride, dilation, groups and padding stay what they are.
 
 Refused: training mode, statistics that are not constant, and a convolution whose result is also
 read elsewhere or is an output of the graph.
@@ -10,79 +11,241 @@ read elsewhere or is an output of the graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
+from graphfold.affine import AffineConv, Array
+from graphfold.bounds import Coefficients
+from graphfold.emit import Emitter
 from graphfold.errors import NotExactError
-from graphfold.graph import Graph, consumers, is_op, node_label
-from graphfold.linear import PER_CHANNEL, variable_inputs
-from graphfold.merge import MergeCandidate, current_region, merge_region, merged_geometry
-from graphfold.regions import Region
-from graphfold.rewrite import Fold, Pass, Phase, Work
+from graphfold.geometry import Axis
+from graphfold.graph import Graph, attribute, consumers, is_op, node_label
+from graphfold.linear import (
+    FLOAT_TYPES,
+    PER_CHANNEL,
+    Context,
+    constant_shape,
+    conv_axes,
+    linear_operator,
+    variable_inputs,
+)
+from graphfold.merge import put_in_place, reach_of
+from graphfold.rewrite import Fold, Pass, Phase, Work, provenance, replaced_labels
+
+
+@dataclass(frozen=True)
+class _Series:
+    """A convolution and what scales and shifts its result, one after the other."""
+
+    conv: ir.Node
+    scaling: tuple[ir.Node, ...]
+    scale: Array
+    shift: Array
+
+    @property
+    def output(self) -> ir.Value:
+        return self.scaling[-1].outputs[0]
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """What reads a convolution's result and stays behind it."""
+
+    output: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class FoldBatchnorm(Pass):
-    """One convolution for each Conv-BatchNormalization pair."""
+    """One convolution for each convolution and what scales and shifts its result."""
 
     name: ClassVar[str] = "fold_batchnorm"
     phase: ClassVar[Phase] = Phase.FOLD
     order: ClassVar[int] = 2
 
-    def find(self, work: Work) -> Iterable[Region]:
-        """Every BatchNormalization or constant per channel that reads a convolution's result."""
-        found = []
+    def find(self, work: Work) -> Iterable[_Series | _Refused]:
+        """Every convolution with what behind it folds; normalisations that do not, and why."""
+        found: list[_Series | _Refused] = []
         for node in work.graph.nodes():
-            conv = _conv_before(work.graph, node)
-            if conv is None or conv.inputs[0] is None:
-                continue
-            region = Region(conv.inputs[0], node.outputs[0], (conv, node))
-            if is_op(node, "BatchNormalization") or _is_linear(work, region):
-                found.append(region)
+            # A segment's convolution is what the plan says it is.
+            if is_op(node, "Conv") and node not in work.barrier:
+                found += _series(work.graph, node)
         return found
 
-    def label(self, candidate: Region) -> str:
-        """The normalisation's output tensor."""
+    def label(self, candidate: _Series | _Refused) -> str:
+        """The last normalisation's output tensor."""
+        if isinstance(candidate, _Refused):
+            return candidate.output
         return candidate.output.name or ""
 
-    def check(self, work: Work, candidate: Region) -> str | None:
+    def check(self, work: Work, candidate: _Series | _Refused) -> str | None:
         """Refuse a result that is needed elsewhere, and what is not linear."""
-        conv, norm = candidate.nodes
-        value = conv.outputs[0]
-        if value.is_graph_output():
-            return f"{value.name!r} is an output of the graph"
-        others = [reader for reader in consumers(value) if reader is not norm]
-        if others:
-            return f"{value.name!r} is also read by {node_label(others[0])!r}"
+        del work
+        return candidate.reason if isinstance(candidate, _Refused) else None
+
+    def rewrite(self, work: Work, candidate: _Series | _Refused) -> Fold:
+        """Scale and shift the convolution's weights and bias."""
+        assert isinstance(candidate, _Series)
+        graph, conv = work.graph, candidate.conv
+        weight, dtype = graph.constant(conv.inputs[1]), graph.dtype(conv.inputs[1])  # type: ignore[arg-type]
+        assert weight is not None
+        assert dtype is not None
+        bias = _bias(graph, conv, weight.shape[0]) * candidate.scale + candidate.shift
+        metadata = provenance((conv, *candidate.scaling), self.name)
+        emitter = Emitter(graph, candidate.scaling[-1], self.label(candidate), metadata)
+        inputs = [conv.inputs[0], emitter.constant(_scaled(weight, candidate.scale))]
+        if np.any(bias):
+            inputs.append(emitter.constant(bias.astype(dtype.numpy())))
+        result = emitter.node("Conv", inputs)
+        made = result.producer()
+        assert made is not None
+        made.attributes.update(conv.attributes)
+        fold = _record(graph, candidate, weight, bias, metadata, self.name)
+        axes = _axes(graph, conv, weight.shape[2:])
+        if work.affines is not None and axes is not None:
+            rows = candidate.scale.reshape(-1, *[1] * (weight.ndim - 1))
+            scaled = weight.astype(np.float64) * rows
+            work.affines[fold.output] = AffineConv(scaled, bias, axes, fold.groups)
+        return put_in_place(work, (conv, *candidate.scaling), candidate.output, result, fold)
+
+
+# --- finding ----------------------------------------------------------------------------------
+
+
+def _series(graph: Graph, conv: ir.Node) -> Iterable[_Series | _Refused]:
+    """What folds into one convolution, and the first that does not though it might."""
+    scaling: list[ir.Node] = []
+    refused: list[_Refused] = []
+    scale = shift = np.zeros(0)
+    value = conv.outputs[0]
+    while True:
+        readers = [node for node in consumers(value) if _reads_as_data(graph, node, value)]
+        if not readers:
+            break
         try:
-            merged_geometry(work, current_region(work, candidate))
+            factor, term = _scale_and_shift(graph, conv, readers[0])
+            _check_read_once(value, readers[0])
         except NotExactError as error:
-            return error.what
-        return None
-
-    def rewrite(self, work: Work, candidate: Region) -> Fold:
-        """Replace both by one convolution."""
-        region = current_region(work, candidate)
-        return merge_region(work, MergeCandidate(region), self.name)
-
-
-def _conv_before(graph: Graph, node: ir.Node) -> ir.Node | None:
-    if not is_op(node, *PER_CHANNEL):
-        return None
-    sources = variable_inputs(graph, node)
-    if not sources or (len(sources) > 1 and not is_op(node, "BatchNormalization")):
-        return None
-    producer = sources[0].producer()
-    return producer if is_op(producer, "Conv") else None
+            refused = list(_refusals(readers, error.what))
+            break
+        scale = factor if not scaling else factor * scale
+        shift = term if not scaling else factor * shift + term
+        scaling.append(readers[0])
+        value = readers[0].outputs[0]
+    return [*([_Series(conv, tuple(scaling), scale, shift)] if scaling else []), *refused]
 
 
-def _is_linear(work: Work, region: Region) -> bool:
-    """Other arithmetic with constants (a map, a row) is nobody's candidate."""
-    try:
-        merged_geometry(work, region)
-    except NotExactError:
+def _reads_as_data(graph: Graph, node: ir.Node, value: ir.Value) -> bool:
+    if not is_op(node, *PER_CHANNEL) or node.graph is not graph.ir:
         return False
-    return True
+    if is_op(node, "BatchNormalization"):
+        return node.inputs[0] is value
+    return len(variable_inputs(graph, node)) == 1
+
+
+def _refusals(readers: Iterable[ir.Node], reason: str) -> Iterable[_Refused]:
+    """Other arithmetic with constants (a map, a row) is nobody's candidate."""
+    for node in readers:
+        if is_op(node, "BatchNormalization") or "is not per channel" not in reason:
+            yield _Refused(node.outputs[0].name or "", reason)
+
+
+def _check_read_once(value: ir.Value, reader: ir.Node) -> None:
+    if value.is_graph_output():
+        raise NotExactError(f"{value.name!r} is an output of the graph")
+    others = [other for other in consumers(value) if other is not reader]
+    if others:
+        raise NotExactError(f"{value.name!r} is also read by {node_label(others[0])!r}")
+
+
+def _scale_and_shift(graph: Graph, conv: ir.Node, node: ir.Node) -> tuple[Array, Array]:
+    """Scale and shift per output channel; raises NotExactError with the reason."""
+    weight = conv.inputs[1]
+    if weight is None or not graph.is_constant(weight):
+        raise NotExactError(f"the weight of {node_label(conv)!r} is not a constant")
+    dtype = graph.dtype(weight)
+    if dtype not in FLOAT_TYPES:
+        raise NotExactError(f"its weights are {dtype.name if dtype else 'of unknown type'}")
+    bias = conv.inputs[2] if len(conv.inputs) > 2 else None
+    if bias is not None and not graph.is_constant(bias):
+        raise NotExactError(f"the bias of {node_label(conv)!r} is not a constant")
+    others = [each for each in variable_inputs(graph, node) if each is not node.inputs[0]]
+    if is_op(node, "BatchNormalization") and others:
+        raise NotExactError(
+            f"{node_label(node)!r} reads {others[0].name!r}, which is not a constant"
+        )
+    shape = constant_shape(graph, weight)
+    rank, channels = len(shape) - 2, shape[0]
+    affine = linear_operator(node, Context(graph, rank, channels, (None,) * rank)).build()
+    return affine.weight.reshape(channels), affine.bias
+
+
+# --- algebra ----------------------------------------------------------------------------------
+
+
+def _scaled(weight: NDArray[Any], scale: Array) -> NDArray[Any]:
+    """Rows of a weight scaled in float64, each product rounded once to the weight's type."""
+    rows = scale.reshape(-1, *[1] * (weight.ndim - 1))
+    if weight.dtype not in (np.float32, np.float16):
+        return np.asarray((weight.astype(np.float64) * rows).astype(weight.dtype))
+    # Computed in float64 block by block: no copy of the whole weight in float64 is made.
+    result = np.empty(weight.shape, weight.dtype)
+    np.multiply(weight, rows, out=result, dtype=np.float64, casting="same_kind")
+    return result
+
+
+def _bias(graph: Graph, conv: ir.Node, channels: int) -> Array:
+    bias = graph.constant(conv.inputs[2]) if len(conv.inputs) > 2 else None
+    return np.zeros(channels) if bias is None else bias.astype(np.float64)
+
+
+def _axes(graph: Graph, conv: ir.Node, kernel: tuple[int, ...]) -> tuple[Axis, ...] | None:
+    """Padding, stride and dilation; None where they depend on sizes that are not fixed."""
+    try:
+        return conv_axes(conv, kernel, graph.sizes(conv.inputs[0]) or (None,) * len(kernel))
+    except NotExactError:
+        return None
+
+
+def _record(
+    graph: Graph,
+    series: _Series,
+    weight: NDArray[Any],
+    bias: Array,
+    metadata: dict[str, str],
+    name: str,
+) -> Fold:
+    conv, kernel = series.conv, tuple(weight.shape[2:])
+    axes = _axes(graph, conv, kernel)
+    groups = attribute(conv, "group", 1)
+    rows = np.abs(weight).sum(axis=tuple(range(1, weight.ndim)), dtype=np.float64)
+    sizes = [size for size in graph.sizes(conv.inputs[0]) or () if size is not None]
+    macs = None
+    if axes is not None and len(sizes) == len(axes):
+        pixels = [axis.output_size(size) for axis, size in zip(axes, sizes, strict=True)]
+        macs = math.prod(weight.shape) * math.prod(pixels)
+    return Fold(
+        output=series.output.name or "",
+        replaces=replaced_labels(metadata),
+        kernel=kernel,
+        strides=tuple(attribute(conv, "strides") or (1,) * len(kernel)),
+        groups=groups,
+        boundary="exact",
+        repair=None,
+        # Of unknown padding as much as a kernel can reach.
+        reach=reach_of(axes or tuple(Axis(size, 1, 1, size - 1, size - 1) for size in kernel)),
+        pass_name=name,
+        macs=None if macs is None else (macs, macs),
+        input=None if conv.inputs[0] is None else conv.inputs[0].name,
+        coefficients=Coefficients(
+            terms=math.prod(weight.shape[1:]) + 1,
+            gain=float((rows * np.abs(series.scale)).max()),
+            offset=float(np.abs(bias).max()),
+        ),
+    )

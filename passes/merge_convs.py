@@ -21,7 +21,7 @@ from typing import ClassVar
 from graphfold.graph import is_op, only_consumer
 from graphfold.merge import MergeCandidate, current_region, has_join, merge_region, segment_regions
 from graphfold.rewrite import METADATA_PREFIX, Fold, Pass, Phase, Work
-from graphfold.runs import Chain, best_split, chains, why_separate
+from graphfold.runs import Chain, best_split, mergeable_chains, why_separate
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,8 @@ class MergeConvs(Pass):
         if found:
             # Their nodes are a barrier to loose runs: those are looked for in the next sweep.
             return found
-        for chain in chains(work):
-            if chain.convs > 1 or not chain.links[0].is_conv:
-                found += _loose(work, chain)
+        for chain in mergeable_chains(work):
+            found += _loose(work, chain)
         return found + list(_behind_repairs(work))
 
     def label(self, candidate: MergeCandidate | _Refused) -> str:

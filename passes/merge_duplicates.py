@@ -16,20 +16,26 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from graphfold.cleanup import bypass, free_nodes, is_captured, why_not_bypassed
 from graphfold.graph import is_op, only_consumer
 from graphfold.linear import PER_CHANNEL
-from graphfold.origins import SPARSE
 from graphfold.rewrite import Pass, Phase, Work
+from graphfold.tensors import first_bytes, is_sparse
 
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
     | {"Bernoulli", "Multinomial", "Dropout"}
 )
+_DISCRETE = frozenset(
+    {ir.AttributeType.INT, ir.AttributeType.INTS}
+    | {ir.AttributeType.STRING, ir.AttributeType.STRINGS}
+)
+# Most tensors of one shape differ in these already, and need not be read to the end.
+_FIRST_ELEMENTS = 16
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ def _initializers(work: Work) -> Iterator[_Same]:
     groups: dict[Hashable, list[ir.Value]] = defaultdict(list)
     for value in graph.ir.initializers.values():
         tensor = value.const_value
-        if tensor is None or SPARSE in tensor.meta or tensor.dtype == ir.DataType.STRING:
+        if tensor is None or is_sparse(tensor) or tensor.dtype == ir.DataType.STRING:
             continue
         if value.is_graph_input() or value.is_graph_output() or not value.uses():
             continue
@@ -91,13 +97,25 @@ def _initializers(work: Work) -> Iterator[_Same]:
             groups[tensor.dtype, tuple(tensor.shape.numpy())].append(value)
     annotated = graph.model.annotation_names()
     for group in groups.values():
-        first: dict[str, ir.Value] = {}
-        for value in group if len(group) > 1 else ():
-            assert value.const_value is not None
-            digest = hashlib.sha256(value.const_value.tobytes()).hexdigest()
-            earlier = first.setdefault(digest, value)
-            if earlier is not value and value.name not in annotated:
-                yield _Same((value,), (earlier,))
+        for alike in _with_equal_start(group):
+            first: dict[str, ir.Value] = {}
+            for value in alike:
+                assert value.const_value is not None
+                digest = hashlib.sha256(value.const_value.tobytes()).hexdigest()
+                earlier = first.setdefault(digest, value)
+                if earlier is not value and value.name not in annotated:
+                    yield _Same((value,), (earlier,))
+
+
+def _with_equal_start(values: list[ir.Value]) -> Iterator[list[ir.Value]]:
+    """Those of equally shaped initializers whose first bytes are equal, in groups."""
+    if len(values) < 2:
+        return
+    groups: dict[bytes, list[ir.Value]] = defaultdict(list)
+    for value in values:
+        assert value.const_value is not None
+        groups[first_bytes(value.const_value, _FIRST_ELEMENTS)].append(value)
+    yield from (group for group in groups.values() if len(group) > 1)
 
 
 def _nodes(work: Work, same: dict[ir.Value, ir.Value]) -> Iterator[_Same]:
@@ -126,24 +144,23 @@ def _folds_into_conv(node: ir.Node) -> bool:
 def _key(node: ir.Node, same: dict[ir.Value, ir.Value]) -> Hashable:
     inputs = tuple(None if value is None else same.get(value, value) for value in node.inputs)
     attributes = tuple(
-        (name, attr.type, _plain(attr.value)) for name, attr in sorted(node.attributes.items())
+        (name, attr.type, _plain(attr)) for name, attr in sorted(node.attributes.items())
     )
     # Which optional outputs there are may change what an operator does.
     outputs = tuple(bool(value.name) for value in node.outputs)
     return node.op_type, node.overload, inputs, attributes, outputs
 
 
-def _plain(value: Any) -> Hashable:
+def _plain(attr: ir.Attr) -> Hashable:
     """An attribute's value as something that is equal only where the bits are."""
-    if isinstance(value, ir.TensorProtocol):
-        if value.dtype == ir.DataType.STRING:
-            return id(value)
+    value = attr.value
+    if attr.type in _DISCRETE:
+        return tuple(value) if isinstance(value, (list, tuple)) else value
+    if attr.type is ir.AttributeType.FLOAT:
+        return float(value).hex()
+    if attr.type is ir.AttributeType.FLOATS:
+        return tuple(float(item).hex() for item in value)
+    if attr.type is ir.AttributeType.TENSOR and value.dtype is not ir.DataType.STRING:
         digest = hashlib.sha256(value.tobytes()).hexdigest()
         return value.dtype, tuple(value.shape.numpy()), digest
-    if isinstance(value, float):
-        return value.hex()
-    if isinstance(value, (int, str, bytes)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return tuple(_plain(item) for item in value)
     return id(value)
