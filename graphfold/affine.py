@@ -176,6 +176,76 @@ class AffineConv:
             result += self.border_map(sizes) - self.bias.reshape(-1, *[1] * len(outputs))
         return np.asarray(result)
 
+    def adjoint(self, y: Array, sizes: Sequence[int]) -> Array:
+        """The transpose of the linear part: each output's values spread over what it read.
+
+        Args:
+            y: [R, O, *output sizes].
+            sizes: spatial sizes of x.
+
+        Returns:
+            [R, I, *sizes].
+        """
+        rows, out, *outputs = y.shape
+        width = self.weight.shape[1]
+        room = [
+            max(size + axis.begin, (count - 1) * axis.stride + axis.extent)
+            for axis, size, count in zip(self.axes, sizes, outputs, strict=True)
+        ]
+        begins = [max(0, -axis.begin) for axis in self.axes]
+        spread = np.zeros(
+            (rows, self.groups, width, *(b + n for b, n in zip(begins, room, strict=True)))
+        )
+        seen = y.reshape(rows, self.groups, out // self.groups, -1)
+        blocks = self.weight.reshape(self.groups, out // self.groups, *self.weight.shape[1:])
+        for tap in np.ndindex(*self.weight.shape[2:]):
+            taps = blocks[(slice(None), slice(None), slice(None), *tap)].swapaxes(1, 2)
+            start = [
+                t * axis.dilation + begin
+                for t, axis, begin in zip(tap, self.axes, begins, strict=True)
+            ]
+            window = tuple(
+                slice(at, at + (count - 1) * axis.stride + 1, axis.stride)
+                for at, axis, count in zip(start, self.axes, outputs, strict=True)
+            )
+            product = (taps @ seen).reshape(rows, self.groups, width, *outputs)
+            spread[(slice(None), slice(None), slice(None), *window)] += product
+        places = tuple(
+            slice(begin + axis.begin, begin + axis.begin + size)
+            for begin, axis, size in zip(begins, self.axes, sizes, strict=True)
+        )
+        whole = spread.reshape(rows, -1, *spread.shape[3:])
+        return np.asarray(whole[(slice(None), slice(None), *places)])
+
+    def constant_map(self, sizes: Sequence[int]) -> Array:
+        """What the map makes of zeros: [O, *output sizes], for spatial sizes of x."""
+        zeros = np.zeros((1, self.weight.shape[1] * self.groups, *sizes))
+        return np.asarray(self.apply(zeros)[0])
+
+    def absolute(self) -> AffineConv:
+        """The map with the magnitudes of its weights, biases and border kernel."""
+        border = None if self.border is None else np.abs(self.border)
+        return replace(self, weight=np.abs(self.weight), bias=np.abs(self.bias), border=border)
+
+    @property
+    def terms(self) -> int:
+        """Products and additions per output."""
+        per_output = math.prod(self.weight.shape[1:]) + 1
+        return per_output + (0 if self.border is None else math.prod(self.border.shape[1:]))
+
+    @property
+    def gain(self) -> float:
+        """Largest row sum of |W|."""
+        return float(np.abs(self.weight).sum(axis=tuple(range(1, self.weight.ndim))).max())
+
+    @property
+    def offset(self) -> float:
+        """Largest constant part, |B| and |b| together."""
+        offset = np.abs(self.bias)
+        if self.border is not None:
+            offset = offset + np.abs(self.border).sum(axis=tuple(range(1, self.border.ndim)))
+        return float(offset.max())
+
     def border_table(self, sizes: Sequence[int]) -> tuple[Array, tuple[NDArray[np.int64], ...]]:
         """The constant map (bias and border) compressed to its distinct rows per axis.
 

@@ -15,13 +15,13 @@ depth.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from graphfold.affine import AffineConv
+from graphfold.maps import AffineMap
 
 # Unit roundoff by element type; ml_dtypes' bfloat16 is not known to numpy.finfo.
 _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -61,33 +61,20 @@ class RoundingError:
     holds: bool
 
 
-def coefficients(affine: AffineConv) -> Coefficients:
+def coefficients(affine: AffineMap) -> Coefficients:
     """The input-free part of a fold's bound."""
-    rows = tuple(range(1, affine.weight.ndim))
-    offset = np.abs(affine.bias)
-    if affine.border is not None:
-        offset = offset + np.abs(affine.border).sum(axis=tuple(range(1, affine.border.ndim)))
-    return Coefficients(
-        terms=_terms(affine),
-        gain=float(np.abs(affine.weight).sum(axis=rows).max()),
-        offset=float(offset.max()),
-    )
-
-
-def _terms(affine: AffineConv) -> int:
-    per_output = math.prod(affine.weight.shape[1:]) + 1
-    return per_output + (0 if affine.border is None else math.prod(affine.border.shape[1:]))
+    return Coefficients(terms=affine.terms, gain=affine.gain, offset=affine.offset)
 
 
 def rounding_error(
-    affine: AffineConv, source: NDArray[Any], result: NDArray[Any]
+    affine: AffineMap, source: NDArray[Any], result: NDArray[Any]
 ) -> RoundingError | None:
     """A fold's measured error and its bound on what it actually read.
 
     Args:
         affine: the fold in float64.
         source: [N, I, ...] what the fold read.
-        result: [N, O, ...] what it computed, in the model's type.
+        result: [N, O, ...] what it computed, in any shape, in the model's type.
 
     Returns:
         None where a value is not finite or the type has no roundoff (integers).
@@ -97,11 +84,11 @@ def rounding_error(
         return None
     x = source.astype(np.float64)
     exact = affine.apply(x)
-    magnitude = _absolute(affine).apply(np.abs(x))
-    steps = _terms(affine) + 2
+    magnitude = affine.absolute().apply(np.abs(x))
+    steps = affine.terms + 2
     unit = _ROUNDOFF[kind]
     bound = steps * unit / (1 - steps * unit) * magnitude + steps * _TINY[kind]
-    error = np.abs(result.astype(np.float64) - exact)
+    error = np.abs(result.astype(np.float64).reshape(exact.shape) - exact)
     return RoundingError(
         bound=float(bound.max()),
         estimate=float(math.sqrt(steps) * unit * magnitude.max()),
@@ -112,8 +99,3 @@ def rounding_error(
 
 def _finite(array: NDArray[Any]) -> bool:
     return bool(np.all(np.isfinite(array.astype(np.float64))))
-
-
-def _absolute(affine: AffineConv) -> AffineConv:
-    border = None if affine.border is None else np.abs(affine.border)
-    return replace(affine, weight=np.abs(affine.weight), bias=np.abs(affine.bias), border=border)

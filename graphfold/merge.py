@@ -7,7 +7,7 @@ region's biases were zero-padded, under the name that its output had.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +19,7 @@ from graphfold.errors import NotExactError
 from graphfold.geometry import Axis, Geometry
 from graphfold.graph import is_op, nodes_between
 from graphfold.linear import FLOAT_TYPES
+from graphfold.maps import AffineMap
 from graphfold.regions import Region, find_region, region_affine, region_geometry, region_macs
 from graphfold.rewrite import (
     FOLD_KEY,
@@ -144,20 +145,30 @@ def replace_region(
         segment=segment.path if segment else None,
         macs=macs,
         input=region.entry.name,
-        coefficients=coefficients(final),
     )
-    put_in_place(work, region.nodes, output, result, fold)
+    fold = put_in_place(work, region.nodes, output, result, fold, final)
     if segment is not None:
         work.barrier.update(nodes_between(region.entry, result))
-    if work.affines is not None:
-        work.affines[fold.output] = final
     return fold
 
 
 def put_in_place(
-    work: Work, nodes: Sequence[ir.Node], output: ir.Value, result: ir.Value, fold: Fold
+    work: Work,
+    nodes: Sequence[ir.Node],
+    output: ir.Value,
+    result: ir.Value,
+    fold: Fold,
+    affine: AffineMap | None = None,
 ) -> Fold:
-    """Let `result` stand for `output`, remove what only that needed, and record the fold."""
+    """Let `result` stand for `output`, remove what only that needed, and record the fold.
+
+    Returns:
+        the fold with the coefficients of its rounding bound, from `affine` in float64 where given.
+    """
+    if affine is not None:
+        fold = replace(fold, coefficients=coefficients(affine))
+        if work.affines is not None:
+            work.affines[fold.output] = affine
     made = result.producer()
     assert made is not None
     work.graph.take_over(output, result)

@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from graphfold.affine import AffineConv
 from graphfold.bounds import Coefficients
 from graphfold.errors import UsageError
 from graphfold.graph import Graph, node_label
+from graphfold.maps import AffineMap
 from graphfold.plan import Boundary, nearest
 from graphfold.resolve import ResolvedPlan
 
@@ -123,7 +123,7 @@ class Work:
     allow_growth: bool = False
     repair: str | None = None
     # The folds in float64 by output tensor, where their rounding is going to be measured.
-    affines: dict[str, AffineConv] | None = None
+    affines: dict[str, AffineMap] | None = None
     # Nodes of segments, and the convolutions they became: loose merges stop there.
     barrier: set[ir.Node] = field(default_factory=set)
 

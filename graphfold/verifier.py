@@ -31,7 +31,7 @@ from graphfold.verification import FoldComparison, OutputComparison, Verificatio
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from graphfold.affine import AffineConv
+    from graphfold.maps import AffineMap
     from graphfold.model import Model
     from graphfold.rewrite import Fold
 
@@ -51,7 +51,7 @@ def verify(
     inputs: Iterable[Mapping[str, NDArray[Any]]] | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     original: Model | None = None,
-    affines: Mapping[str, AffineConv] | None = None,
+    affines: Mapping[str, AffineMap] | None = None,
     tolerance: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -114,7 +114,7 @@ class _Job:
     candidate: Model
     original: Model
     folds: tuple[Fold, ...]
-    affines: Mapping[str, AffineConv]
+    affines: Mapping[str, AffineMap]
     tolerance: float | None
     progress: Progress
     feeds: list[Arrays] = field(default_factory=list)

@@ -4,8 +4,12 @@ z[j] = (W * x + b)[p(j)] is the convolution with rows W[p(j)], b[p(j)]; normalis
 per channel in between are reordered with it. W * x[p] is the convolution of x itself in which
 column j of W stands at column p(j); columns that p repeats are summed. Padding is the same zero
 in every channel, so borders are exact. A reordering is a Gather of axis 1 with constant indices,
-or a channel shuffle: Reshape [N, C, ...] to [N, g, C / g, ...], Transpose of these two, Reshape
-back, which is p(j) = (j mod g) * C / g + j div g.
+a Slice of it, one result of a Split of it, or a channel shuffle: Reshape [N, C, ...] to
+[N, g, C / g, ...], Transpose of these two, Reshape back: p(j) = (j mod g) * C / g + j div g.
+
+A Split whose results are all in use becomes one convolution for each with `--allow-growth` only:
+they cost the same operations and save a copy, but each reads the input again, and measured they
+are between 5 % slower and 25 % faster. Where a result is unused its rows are saved.
 
 Refused: what would undo the grouping of a convolution (each group must keep its own channels),
 indices that repeat or leave out channels where that raises cost, and tensors in between that
@@ -31,6 +35,8 @@ from graphfold.merge import MergeCandidate, merged_geometry, replace_region, seg
 from graphfold.regions import Region, region_affine, region_macs
 from graphfold.rewrite import Fold, Pass, Phase, Work
 
+_SLICE_INPUTS = ("starts", "ends", "axes", "steps")
+
 
 @dataclass(frozen=True)
 class _Reordering:
@@ -39,16 +45,13 @@ class _Reordering:
     nodes: tuple[ir.Node, ...]
     indices: NDArray[np.int64]
     channels: int
+    output: ir.Value
 
     @property
     def source(self) -> ir.Value:
         source = self.nodes[0].inputs[0]
         assert source is not None
         return source
-
-    @property
-    def output(self) -> ir.Value:
-        return self.nodes[-1].outputs[0]
 
     def keeps(self, groups: int) -> bool:
         """Whether each of so many equal groups holds channels of its own only."""
@@ -71,14 +74,14 @@ class FoldChannelPermutation(Pass):
         owned = segment_nodes(work)
         found = []
         for node in work.graph.nodes():
-            site = _gather(work.graph, node) or _shuffle(work.graph, node)
-            if site is None or owned.intersection(site.nodes):
-                continue
-            before, after = _conv_before(work.graph, site)[-1], _conv_after(site)
-            if (before is not None and before not in owned) or (
-                after is not None and after not in owned
-            ):
-                found.append(site)
+            for site in _reorderings(work.graph, node):
+                if owned.intersection(site.nodes):
+                    continue
+                before, after = _conv_before(work.graph, site)[-1], _conv_after(site)
+                if (before is not None and before not in owned) or (
+                    after is not None and after not in owned
+                ):
+                    found.append(site)
         return found
 
     def label(self, candidate: _Reordering) -> str:
@@ -121,6 +124,16 @@ class FoldChannelPermutation(Pass):
 # --- finding ----------------------------------------------------------------------------------
 
 
+def _reorderings(graph: Graph, node: ir.Node) -> list[_Reordering]:
+    """What a node, and those behind it, does to channels; one entry for each of its results."""
+    if is_op(node, "Split"):
+        return _split(graph, node)
+    known = {"Gather": _gather, "Slice": _slice, "Reshape": _shuffle}
+    read = known.get(node.op_type)
+    site = None if read is None else read(graph, node)
+    return [] if site is None else [site]
+
+
 def _gather(graph: Graph, node: ir.Node) -> _Reordering | None:
     if not is_op(node, "Gather") or graph.is_constant(node.inputs[0]):
         return None
@@ -130,7 +143,60 @@ def _gather(graph: Graph, node: ir.Node) -> _Reordering | None:
         return None
     if attribute(node, "axis", 0) not in (1, 1 - len(shape)) or len(indices) == 0:
         return None
-    return _Reordering((node,), indices.astype(np.int64) % channels, channels)
+    chosen = indices.astype(np.int64) % channels
+    return _Reordering((node,), chosen, channels, node.outputs[0])
+
+
+def _slice(graph: Graph, node: ir.Node) -> _Reordering | None:
+    """A Slice of channels alone; before opset 10 its amounts are attributes."""
+    shape = graph.shape(node.inputs[0])
+    channels = graph.channels(node.inputs[0])
+    if not is_op(node, "Slice") or shape is None or channels is None:
+        return None
+    starts, ends, axes, steps = (_amounts(graph, node, name) for name in _SLICE_INPUTS)
+    if starts is None or ends is None or graph.is_constant(node.inputs[0]):
+        return None
+    given = len(node.inputs) > 3 and node.inputs[3] is not None
+    if (given and axes is None) or (len(node.inputs) > 4 and steps is None):
+        return None
+    axes = [axis % len(shape) for axis in axes or range(len(starts))]
+    if axes != [1]:
+        return None
+    chosen = range(*slice(starts[0], ends[0], (steps or [1])[0]).indices(channels))
+    indices = np.asarray(chosen, dtype=np.int64)
+    return _Reordering((node,), indices, channels, node.outputs[0]) if len(indices) else None
+
+
+def _amounts(graph: Graph, node: ir.Node, name: str) -> list[int] | None:
+    """One of a Slice's lists of numbers, from its input or attribute; None where unknown."""
+    index = _SLICE_INPUTS.index(name) + 1
+    found = attribute(node, name)
+    if index < len(node.inputs):
+        found = graph.constant(node.inputs[index])
+    return None if found is None else [int(number) for number in found]
+
+
+def _split(graph: Graph, node: ir.Node) -> list[_Reordering]:
+    """The results of a Split of channels that something reads."""
+    shape, channels = graph.shape(node.inputs[0]), graph.channels(node.inputs[0])
+    if shape is None or channels is None or graph.is_constant(node.inputs[0]):
+        return []
+    widths = [graph.channels(value) for value in node.outputs]
+    if attribute(node, "axis", 0) not in (1, 1 - len(shape)) or None in widths:
+        return []
+    known = [width for width in widths if width]
+    if sum(known) != channels or len(known) != len(widths):
+        return []
+    starts = np.cumsum([0, *known])
+    return [
+        _Reordering((node,), np.arange(start, start + width), channels, value)
+        for start, width, value in zip(starts, known, node.outputs, strict=False)
+        if _is_used(value)
+    ]
+
+
+def _is_used(value: ir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output()
 
 
 def _shuffle(graph: Graph, node: ir.Node) -> _Reordering | None:
@@ -156,7 +222,7 @@ def _shuffle(graph: Graph, node: ir.Node) -> _Reordering | None:
     if not same or not swaps or groups * width != channels or back.inputs[0] is not swap.outputs[0]:
         return None
     indices = np.arange(channels, dtype=np.int64).reshape(groups, width).T.reshape(-1)
-    return _Reordering((node, swap, back), indices, channels)
+    return _Reordering((node, swap, back), indices, channels, back.outputs[0])
 
 
 def _conv_before(graph: Graph, site: _Reordering) -> list[ir.Node | None]:
@@ -197,6 +263,10 @@ def _region_before(work: Work, site: _Reordering) -> Region:
     region = Region(entry, site.source, nodes)
     geometry = _geometry(work, region)
     _check_grouping(site, geometry.groups, conv)
+    results = site.nodes[-1].outputs
+    if len(results) > 1 and all(map(_is_used, results)) and not work.allow_growth:
+        label = node_label(site.nodes[0])
+        raise NotExactError(f"a convolution for each result of {label!r} may be slower")
     if len(site.indices) > site.channels and not work.allow_growth:
         raise NotExactError(_growth(site, site.channels, len(site.indices)))
     return region
@@ -205,7 +275,8 @@ def _region_before(work: Work, site: _Reordering) -> Region:
 def _region_after(work: Work, site: _Reordering) -> Region:
     """The convolution after a reordering; raises NotExactError where it cannot take it over."""
     conv = _conv_after(site)
-    if conv is None:
+    # Further results of a Split would stay, and the convolution would only cost more.
+    if conv is None or len(site.nodes[-1].outputs) > 1:
         raise NotExactError("")
     _check_read_once(site.output, conv)
     region = Region(site.output, conv.outputs[0], (conv,))

@@ -32,6 +32,7 @@ from graphfold.linear import (
     linear_operator,
     variable_inputs,
 )
+from graphfold.maps import TransposedConv
 from graphfold.merge import put_in_place, segment_nodes
 from graphfold.rewrite import Fold, Pass, Phase, Work, provenance, replaced_labels
 
@@ -120,7 +121,9 @@ class FoldConvTranspose(Pass):
             macs=None if macs is None else (macs, macs),
             input=None if conv.inputs[0] is None else conv.inputs[0].name,
         )
-        return put_in_place(work, (conv, candidate.norm), candidate.output, result, fold)
+        nodes = (conv, candidate.norm)
+        affine = _affine(conv, scaled, bias)
+        return put_in_place(work, nodes, candidate.output, result, fold, affine)
 
 
 def _conv_before(graph: Graph, node: ir.Node) -> ir.Node | None:
@@ -174,6 +177,24 @@ def _scale_outputs(weight: Array, groups: int, scale: Array) -> Array:
     blocks = weight.reshape(groups, inputs // groups, width, -1)
     scaled: Array = blocks * scale.reshape(groups, 1, width, 1)
     return scaled.reshape(inputs, width, *kernel)
+
+
+def _affine(conv: ir.Node, weight: Array, bias: Array) -> TransposedConv:
+    """The transposed convolution of a node's attributes with these weights."""
+    rank = weight.ndim - 2
+    stated = attribute(conv, "output_shape")
+    return TransposedConv(
+        weight=weight,
+        bias=bias,
+        groups=attribute(conv, "group", 1),
+        strides=tuple(attribute(conv, "strides") or (1,) * rank),
+        dilations=tuple(attribute(conv, "dilations") or (1,) * rank),
+        output_padding=tuple(attribute(conv, "output_padding") or (0,) * rank),
+        pads=tuple(attribute(conv, "pads") or (0,) * (2 * rank)),
+        auto_pad=attribute(conv, "auto_pad", "NOTSET"),
+        # Older operator sets allow it with batch and channels in front.
+        output_shape=None if stated is None else tuple(stated[-rank:]),
+    )
 
 
 def _macs(graph: Graph, conv: ir.Node, weight: tuple[int, ...]) -> int | None:

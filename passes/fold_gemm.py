@@ -26,24 +26,21 @@ import numpy as np
 import onnx_ir as ir
 
 from graphfold.affine import Array
+from graphfold.dense import check_per_feature, emit_dense, layer_bias, layer_weight, read_layer
 from graphfold.emit import Emitter
 from graphfold.errors import NotExactError
-from graphfold.graph import Graph, attribute, consumers, is_op, node_label
+from graphfold.graph import Graph, consumers, is_op, node_label
 from graphfold.linear import (
-    FLOAT_TYPES,
     PER_CHANNEL,
     Context,
     constant_shape,
     linear_operator,
     variable_inputs,
 )
+from graphfold.maps import Dense
 from graphfold.merge import put_in_place, segment_nodes
 from graphfold.rewrite import Fold, Pass, Phase, Work, provenance, replaced_labels
 from graphfold.runs import RunCost
-
-# Before these opsets a Gemm must have a bias, and broadcasts it only where an attribute says so.
-_OPTIONAL_BIAS_OPSET = 11
-_BROADCASTING_OPSET = 7
 
 
 @dataclass(frozen=True)
@@ -146,8 +143,11 @@ class FoldGemm(Pass):
             macs=macs,
             input=candidate.source.name,
         )
-        result = _emit(emitter, candidate, weight, bias)
-        return put_in_place(work, nodes, candidate.output, result, fold)
+        dense = Dense(weight, bias)
+        products = [layer.product for layer in candidate.layers]
+        shape = graph.shape(candidate.output)
+        result = emit_dense(emitter, candidate.source, dense, products, candidate.rank, shape)
+        return put_in_place(work, nodes, candidate.output, result, fold, dense)
 
 
 # --- finding ----------------------------------------------------------------------------------
@@ -185,28 +185,10 @@ def _run_from(
             return _Run(tuple(layers), rank), refused
 
 
-def _layer(graph: Graph, node: ir.Node) -> _Layer:
-    """A product with constant weights; raises NotExactError with the reason."""
-    label = node_label(node)
-    if is_op(node, "Gemm") and attribute(node, "transA", 0):
-        raise NotExactError(f"{label!r} transposes its input")
-    if not graph.is_constant(node.inputs[1]):
-        raise NotExactError(f"the weight of {label!r} is not a constant")
-    assert node.inputs[1] is not None
-    dtype = graph.dtype(node.inputs[1])
-    if dtype not in FLOAT_TYPES:
-        raise NotExactError(f"its weights are {dtype.name if dtype else 'of unknown type'}")
-    shape = constant_shape(graph, node.inputs[1])
-    if len(shape) != 2:
-        raise NotExactError(f"the weight of {label!r} has {len(shape)} axes, not 2")
-    if is_op(node, "Gemm"):
-        inputs, features = shape[::-1] if attribute(node, "transB", 0) else shape
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            if not graph.is_constant(node.inputs[2]):
-                raise NotExactError(f"the bias of {label!r} is not a constant")
-            _check_per_feature(constant_shape(graph, node.inputs[2]), 2, features, node)
-        return _Layer(node, (), inputs, features)
-    return _Layer(node, (), *shape)
+def _layer(graph: Graph, product: ir.Node) -> _Layer:
+    """A product with nothing behind it yet; raises NotExactError with the reason."""
+    found = read_layer(graph, product)
+    return _Layer(product, (), found.inputs, found.features)
 
 
 def _rank_of(graph: Graph, product: ir.Node) -> int:
@@ -306,34 +288,15 @@ def _composed(graph: Graph, run: _Run) -> tuple[Array, Array]:
     weight: Array | None = None
     bias = np.zeros(())
     for layer in run.layers:
-        after = _weight(graph, layer.product)
-        bias = _bias(graph, layer) if weight is None else bias @ after + _bias(graph, layer)
+        after = layer_weight(graph, layer.product)
+        own = layer_bias(graph, layer.product, layer.features)
+        bias = own if weight is None else bias @ after + own
         weight = after if weight is None else weight @ after
         for node in layer.scaling:
             scale, shift = _scale_and_shift(graph, node, run.rank, layer.features)
             weight, bias = weight * scale, bias * scale + shift
     assert weight is not None
     return weight, bias
-
-
-def _weight(graph: Graph, product: ir.Node) -> Array:
-    constant = graph.constant(product.inputs[1])
-    assert constant is not None
-    weight: Array = constant.astype(np.float64)
-    if is_op(product, "MatMul"):
-        return weight
-    weight = weight.T if attribute(product, "transB", 0) else weight
-    return weight * float(attribute(product, "alpha", 1.0))
-
-
-def _bias(graph: Graph, layer: _Layer) -> Array:
-    product = layer.product
-    if is_op(product, "MatMul") or len(product.inputs) < 3 or product.inputs[2] is None:
-        return np.zeros(layer.features)
-    constant = graph.constant(product.inputs[2])
-    assert constant is not None
-    bias = constant.astype(np.float64).reshape(-1) * float(attribute(product, "beta", 1.0))
-    return np.array(np.broadcast_to(bias, (layer.features,)))
 
 
 def _scale_and_shift(graph: Graph, node: ir.Node, rank: int, features: int) -> tuple[Array, Array]:
@@ -349,7 +312,7 @@ def _scale_and_shift(graph: Graph, node: ir.Node, rank: int, features: int) -> t
     if is_op(node, "BatchNormalization"):
         raise NotExactError(f"{node_label(node)!r} normalises an axis that is not the features")
     index = next(at for at, value in enumerate(node.inputs) if graph.is_constant(value))
-    _check_per_feature(constant_shape(graph, node.inputs[index]), rank, features, node)
+    check_per_feature(constant_shape(graph, node.inputs[index]), rank, features, node)
     if "axis" in node.attributes:
         raise NotExactError(f"{node_label(node)!r} broadcasts along an axis of its own")
     constant = graph.constant(node.inputs[index])
@@ -368,42 +331,7 @@ def _scale_and_shift(graph: Graph, node: ir.Node, rank: int, features: int) -> t
     return np.full(features, sign), -sign * vector
 
 
-def _check_per_feature(shape: Sequence[int], rank: int, features: int, node: ir.Node) -> None:
-    """Refuse a constant that differs along rows or would widen the tensor."""
-    last = shape[-1] if shape else 1
-    if len(shape) > rank or last not in (1, features) or math.prod(shape) != last:
-        raise NotExactError(
-            f"the constant of {node_label(node)!r} has shape {list(shape)}, which is not per "
-            "feature"
-        )
-
-
-# --- emitting ---------------------------------------------------------------------------------
-
-
-def _emit(emitter: Emitter, run: _Run, weight: Array, bias: Array) -> ir.Value:
-    """A Gemm where the run has one or needs a bias on rank 2, else a MatMul and its Add."""
-    graph = emitter.graph
-    products = [layer.product for layer in run.layers]
-    value = graph.dtype(products[0].inputs[1])  # type: ignore[arg-type]
-    assert value is not None
-    dtype = value.numpy()
-    has_gemm = any(is_op(product, "Gemm") for product in products)
-    if has_gemm or (run.rank == 2 and np.any(bias)):
-        transposed = any(attribute(product, "transB", 0) for product in products)
-        inputs = [run.source, emitter.constant((weight.T if transposed else weight).astype(dtype))]
-        if np.any(bias) or graph.opset < _OPTIONAL_BIAS_OPSET:
-            inputs.append(emitter.constant(bias.astype(dtype)))
-        more = {"broadcast": 1} if graph.opset < _BROADCASTING_OPSET else {}
-        return emitter.node("Gemm", inputs, transB=int(transposed), **more)
-    result = emitter.node("MatMul", [run.source, emitter.constant(weight.astype(dtype))])
-    if not np.any(bias):
-        return result
-    shape = graph.shape(run.output)
-    if shape is not None and result.name is not None:
-        graph.shapes[result.name] = shape
-    more = {"broadcast": 1} if graph.opset < _BROADCASTING_OPSET else {}
-    return emitter.node("Add", [result, emitter.constant(bias.astype(dtype))], **more)
+# --- cost -------------------------------------------------------------------------------------
 
 
 def _macs(graph: Graph, run: _Run) -> tuple[int, int] | None:
