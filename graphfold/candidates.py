@@ -2,10 +2,10 @@
 
 Segments lie on single-entry single-exit chains (`graphfold.flow`), so they nest inside residual
 branches and hold a branch whole or not at all. A segment begins with what a convolution reads and
-ends before the next activation or convolution; with the activations inside removed, everything in it
-must be linear. Its convolutions that map a tensor to one of the same shape may go as well, and each
-number kept of each kind (kernel, depthwise or not) gives one kernel: 1 + sum of (k - 1) along the
-longest branch (LayerMerge, section 3.2). Of the subsets with the same kernel the one whose kept
+ends before the next activation or convolution; with the activations inside removed, everything in
+it must be linear. Its convolutions that map a tensor to one of the same shape may go as well, and
+each number kept of each kind (kernel, depthwise or not) gives one kernel: 1 + sum of (k - 1) along
+the longest branch (LayerMerge, section 3.2). Of the subsets with the same kernel the one whose kept
 weights have the largest l1 norm stands for all (its equation 3).
 
 Reasons are kept for what is excluded: the first operator that is not linear, or a kernel above one
@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphfold.flow import FlowChain, flow_chains
-from graphfold.graph import Graph, attribute, is_op
+from graphfold.graph import Graph, attribute, is_op, only_consumer
 from graphfold.linear import OPERATORS, is_join, variable_inputs
 from graphfold.plan import Family
 from graphfold.sites import ActivationSite, ConvSite, Sites, find_sites
@@ -61,7 +61,7 @@ class Candidate:
         convs: the conv sites inside, in execution order.
         activations: the activation sites inside, all of which go in a merge.
         nodes: all nodes inside.
-        choices: by kernel, largest first; none for one convolution that stays as it is.
+        choices: by kernel, largest first.
         adds: whether the segment holds a residual Add or joins branches otherwise.
     """
 
@@ -72,11 +72,6 @@ class Candidate:
     nodes: tuple[ir.Node, ...]
     choices: tuple[Choice, ...]
     adds: bool
-
-    @property
-    def is_single(self) -> bool:
-        """One convolution and nothing to merge it with."""
-        return len(self.convs) == 1 and not self.adds
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,12 @@ class Candidates:
     found: tuple[Candidate, ...]
     excluded: tuple[Exclusion, ...]
 
-    @cached_property
+    @property
+    def entries(self) -> int:
+        """Rows of a full table: all choices of all segments."""
+        return sum(len(each.choices) for each in self.found)
+
+    @property
     def removable(self) -> tuple[ConvSite, ...]:
         """Convolutions that may be dropped alone (LayerOnly), in execution order."""
         return tuple(site for site in self.sites.convs if site.removable)
@@ -118,9 +118,8 @@ def find_candidates(graph: Graph, sites: Sites | None = None) -> Candidates:
                     found.append(result)
                 else:
                     excluded.append(result)
-    held = {(each.input, each.nodes[-1]) for each in found}
-    del held
-    kept = [each for each in found if not search.is_branch_of_another(each, found)]
+    joined = {(each.input, each.nodes[-1]) for each in found if each.adds}
+    kept = [each for each in found if not _is_whole_branch(graph, each, joined)]
     order = sites.order
     kept.sort(key=lambda each: (order[each.nodes[0]], order[each.nodes[-1]]))
     return Candidates(graph, sites, tuple(chains), tuple(kept), tuple(excluded))
@@ -150,7 +149,7 @@ class _Search:
     def from_point(self, chain: FlowChain, start: int) -> Iterator[Candidate | Exclusion]:
         """Segments of a chain that begin at one of its points, growing."""
         source = chain.points[start].value
-        if source not in self.begins and not self._block_begins(chain, start):
+        if source not in self.begins:
             return
         nodes: list[ir.Node] = []
         for end in range(start + 1, len(chain.points)):
@@ -159,19 +158,14 @@ class _Search:
             nodes += step
             target = chain.points[end].value
             if reason is None and step and self._ends_at(chain, end):
-                reason = yield from self._candidate(source, target, nodes)
+                reason = self._why_no_kernel(source, nodes)
+                if reason is None and any(node in self.conv_of for node in nodes):
+                    yield self._candidate(source, target, nodes)
             if reason is None and target in self.stage_ends and end + 1 < len(chain.points):
                 reason = "the resolution changes before it"
             if reason is not None:
                 yield Exclusion(source.name or "", target.name or "", reason)
                 return
-
-    def _block_begins(self, chain: FlowChain, start: int) -> bool:
-        """Whether branches of convolutions begin here: some reader is a convolution's site."""
-        return any(self.begins.get(chain.points[start].value) is not None for _ in (0,)) or any(
-            self.site_of.get(node) is not None and node is self.site_of[node].nodes[0]
-            for node in chain.steps[start][:1]
-        )
 
     def _ends_at(self, chain: FlowChain, end: int) -> bool:
         """A segment ends behind a conv site, or behind a join, not before its normalisation."""
@@ -200,34 +194,25 @@ class _Search:
             return f"{node.op_type} at {node.outputs[0].name!r} is not linear"
         return None
 
-    def _candidate(
-        self, source: ir.Value, target: ir.Value, nodes: Sequence[ir.Node]
-    ) -> Iterator[Candidate]:
-        """The candidate between two tensors; returns why nothing longer is one."""
+    def _candidate(self, source: ir.Value, target: ir.Value, nodes: Sequence[ir.Node]) -> Candidate:
         convs = tuple(self.conv_of[node] for node in nodes if node in self.conv_of)
-        if not convs:
-            return None
-        reason = self._why_no_kernel(source, nodes)
-        if reason is not None:
-            return reason
         activations = dict.fromkeys(
             self.activation_of[node] for node in nodes if node in self.activation_of
         )
-        yield Candidate(
+        return Candidate(
             input=source,
             output=target,
             convs=convs,
             activations=tuple(activations),
             nodes=tuple(nodes),
-            choices=tuple(self._choices(source, target, nodes, convs)),
+            choices=tuple(self._choices(source, nodes, convs)),
             adds=any(is_join(self.graph, node) for node in nodes),
         )
-        return None
 
     def _why_no_kernel(self, source: ir.Value, nodes: Sequence[ir.Node]) -> str | None:
         try:
             extents, _ = self._window(source, nodes, frozenset())
-        except _Misfit as error:
+        except _MisfitError as error:
             return str(error)
         if max(extents) > LARGEST_KERNEL:
             return f"its kernel would have {max(extents)} taps"
@@ -240,11 +225,7 @@ class _Search:
 
         Padding is left out: it decides where a merge is exact, not how large it is.
         """
-        rank = len(next(iter(self.conv_of.values())).kernel)
-        for node in nodes:
-            if node in self.conv_of:
-                rank = len(self.conv_of[node].kernel)
-                break
+        rank = next((len(self.conv_of[node].kernel) for node in nodes if node in self.conv_of), 0)
         known = {source: ((1,) * rank, (1,) * rank)}
         last = known[source]
         for node in nodes:
@@ -253,7 +234,9 @@ class _Search:
                 continue
             strides = {stride for _, stride in parts}
             if len(strides) > 1:
-                raise _Misfit(f"branches of different strides meet at {node.outputs[0].name!r}")
+                raise _MisfitError(
+                    f"branches of different strides meet at {node.outputs[0].name!r}"
+                )
             extent = tuple(max(sizes) for sizes in zip(*(part[0] for part in parts), strict=True))
             last = (extent, strides.pop())
             if node not in removed:
@@ -272,7 +255,7 @@ class _Search:
         dilations = attribute(node, "dilations") or [1] * rank
         strides = attribute(node, "strides") or [1] * rank
         if any(size > 1 and step > 1 for size, step in zip(kernel, stride, strict=True)):
-            raise _Misfit(
+            raise _MisfitError(
                 f"the kernel {list(kernel)} of {node.outputs[0].name!r} stands behind stride "
                 f"{list(stride)}"
             )
@@ -283,12 +266,8 @@ class _Search:
         return grown, tuple(one * other for one, other in zip(stride, strides, strict=True))
 
     def _choices(
-        self,
-        source: ir.Value,
-        target: ir.Value,
-        nodes: Sequence[ir.Node],
-        convs: Sequence[ConvSite],
-    ) -> Iterator[Choice]:
+        self, source: ir.Value, nodes: Sequence[ir.Node], convs: Sequence[ConvSite]
+    ) -> list[Choice]:
         """One choice per kernel and family, the largest kernels first."""
         kinds: dict[tuple[tuple[int, ...], bool], list[ConvSite]] = defaultdict(list)
         for site in convs:
@@ -310,10 +289,7 @@ class _Search:
             held = best.get((choice.kernel, choice.family))
             if held is None or choice.kept_l1 > held.kept_l1:
                 best[choice.kernel, choice.family] = choice
-        del target
-        yield from sorted(best.values(), key=lambda each: (math.prod(each.kernel), each.family))[
-            ::-1
-        ]
+        return sorted(best.values(), key=lambda each: (-math.prod(each.kernel), each.family))
 
     def _choice(
         self,
@@ -345,35 +321,18 @@ class _Search:
     def _norms(self) -> dict[ir.Node, float]:
         return {}
 
-    def is_branch_of_another(self, candidate: Candidate, found: Iterable[Candidate]) -> bool:
-        """Whether a segment is all of a branch whose join another segment holds with it."""
-        reader = candidate.output.uses()
-        if len(reader) != 1 or not is_join(self.graph, reader[0].node):
-            return False
-        join = reader[0].node
-        return any(
-            other.input is candidate.input and other.nodes[-1] is join for other in found
-        )
+
+def _is_whole_branch(
+    graph: Graph, candidate: Candidate, joined: Collection[tuple[ir.Value, ir.Node]]
+) -> bool:
+    """Whether a segment is all of a branch that another segment holds together with its join."""
+    reader = only_consumer(candidate.output)
+    return reader is not None and is_join(graph, reader) and (candidate.input, reader) in joined
 
 
 def _strides(conv: ir.Node) -> Sequence[int]:
     return attribute(conv, "strides") or (1,)
 
 
-class _Misfit(Exception):
+class _MisfitError(Exception):
     """No single convolution has the window of these nodes."""
-
-
-def entry_counts(candidates: Candidates, within: Mapping[ir.Node, int] | None = None) -> tuple[int, int]:
-    """Pairs of cut tensors and table entries over them, as the papers count.
-
-    Args:
-        candidates: of a graph.
-        within: nodes to count in; all by default.
-    """
-    chosen = [
-        each
-        for each in candidates.found
-        if within is None or all(node in within for node in each.nodes)
-    ]
-    return len(chosen), sum(len(each.choices) for each in chosen)

@@ -9,8 +9,9 @@ chains inside. Nothing here knows what operators mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import onnx_ir as ir
 
@@ -31,7 +32,7 @@ class Point:
 
 @dataclass(frozen=True)
 class FlowChain:
-    """Points in execution order; everything between two of them enters at one and leaves at the other.
+    """Points in execution order; what lies between two enters at one and leaves at the other.
 
     Attributes:
         points: at least two.
@@ -174,9 +175,7 @@ def _nested(flow: _Flow, following: dict[int, int]) -> list[FlowChain]:
     holder: dict[ir.Node, tuple[int, int]] = {}
     for row in rows:
         points = tuple(_point(flow, vertex) for vertex in row)
-        steps = tuple(
-            _between(flow, one, other) for one, other in zip(points, points[1:], strict=False)
-        )
+        steps = tuple(_between(flow, one, other) for one, other in pairwise(points))
         number = len(chains)
         parents = [holder[node] for node in steps[0] if node in holder] if steps else []
         chains.append(FlowChain(points, steps, parents[0] if parents else None))
@@ -192,7 +191,7 @@ def _point(flow: _Flow, vertex: int) -> Point:
 
 
 def _between(flow: _Flow, start: Point, end: Point) -> tuple[ir.Node, ...]:
-    """The nodes that make the second point's tensor of the first's; none where it is a use of it."""
+    """The nodes that make the second point's tensor of the first's; none where it is the same."""
     if end.value is start.value:
         return ()
     found: set[ir.Node] = set()
@@ -205,12 +204,3 @@ def _between(flow: _Flow, start: Point, end: Point) -> tuple[ir.Node, ...]:
         found.add(node)
         stack.extend(source for source in node.inputs if source is not None)
     return tuple(sorted(found, key=flow.order.__getitem__))
-
-
-def parents_of(chains: Iterable[FlowChain]) -> dict[int, list[int]]:
-    """The chains inside each chain, by index."""
-    inside: dict[int, list[int]] = {}
-    for number, chain in enumerate(chains):
-        if chain.parent is not None:
-            inside.setdefault(chain.parent[0], []).append(number)
-    return inside

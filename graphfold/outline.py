@@ -56,7 +56,7 @@ def _is_small(tensor: onnx.TensorProto) -> bool:
         return False
     if tensor.data_type == onnx.TensorProto.STRING:
         return False
-    return 8 * math.prod(tensor.dims) <= SMALL_TENSOR_BYTES
+    return bool(8 * math.prod(tensor.dims) <= SMALL_TENSOR_BYTES)
 
 
 def can_be_outlined(source: onnx.ModelProto) -> bool:
