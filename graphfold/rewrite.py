@@ -55,6 +55,7 @@ class Fold:
             sizes are not fixed.
         input: tensor that the merge reads.
         coefficients: the input-free part of its rounding bound, see `graphfold.bounds`.
+        scope: the subgraph or function that it lies in, None for the main graph.
     """
 
     output: str
@@ -70,6 +71,7 @@ class Fold:
     macs: tuple[int, int] | None = None
     input: str | None = None
     coefficients: Coefficients | None = None
+    scope: str | None = None
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def _initializers(work: Work) -> Iterator[_Same]:
             continue
         if not is_captured(graph, value):
             groups[tensor.dtype, tuple(tensor.shape.numpy())].append(value)
-    annotated = graph.model.annotation_names()
+    annotated = graph.model.annotation_names(graph.ir)
     for group in groups.values():
         first: dict[str, ir.Value] = {}
         for value in group if len(group) > 1 else ():
