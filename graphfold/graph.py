@@ -443,9 +443,11 @@ def infer_shapes(model: Model) -> dict[str, TensorShape]:
     """
     import onnx
 
+    from graphfold.check import shorten_default_domain
     from graphfold.model import to_proto
 
     proto = to_proto(model, data=False)
+    shorten_default_domain(proto)
     try:
         inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     except Exception:  # noqa: BLE001 - onnx raises several kinds; declared shapes remain
