@@ -352,7 +352,8 @@ class Graph:
         """Remove those of `candidates`, and what only fed them, that nothing reads any more.
 
         Initializers that lose their last reader go too, unless they are graph inputs or
-        outputs. Nodes and initializers that were unused before are left alone.
+        outputs, or training information may name them. Nodes and initializers that were unused
+        before are left alone.
         """
         removed: list[ir.Node] = []
         queue = list(candidates)
@@ -375,7 +376,11 @@ class Graph:
         producer = value.producer()
         if producer is not None:
             queue.append(producer)
-        elif value.is_initializer() and not value.is_graph_input():
+        elif (
+            value.is_initializer()
+            and not value.is_graph_input()
+            and not self.model.has_training_info
+        ):
             assert value.name is not None
             self.ir.initializers.pop(value.name, None)
 

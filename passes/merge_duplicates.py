@@ -50,7 +50,8 @@ class MergeDuplicates(Pass):
 
     def find(self, work: Work) -> Iterable[_Same]:
         """Equal initializers, then equal nodes in execution order."""
-        constants = list(_initializers(work))
+        # Training may tell equal ones apart.
+        constants = [] if work.graph.model.has_training_info else list(_initializers(work))
         same = {each.later[0]: each.earlier[0] for each in constants}
         return [*constants, *_nodes(work, same)]
 
