@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from graphfold import constants
+from graphfold import constants, spill
 
 if TYPE_CHECKING:
     from graphfold.model import Model
@@ -96,6 +96,8 @@ class Graph:
         self._is_constant: dict[ir.Value, bool] = {}
         self._dtypes: dict[ir.Value, ir.DataType | None] = {}
         self._moved: dict[ir.Value, ir.Value] = {}
+        self._spill: spill.Spill | None = None
+        self._spill_known = False
         # Set where something became constant that shapes may depend on.
         self.shapes_may_grow = False
 
@@ -268,7 +270,7 @@ class Graph:
         interface as it is. Functions have no initializers at all.
         """
         name = self.fresh_name(base)
-        tensor = ir.tensor(np.ascontiguousarray(data), name=name)
+        tensor = self._stored(ir.tensor(np.ascontiguousarray(data), name=name))
         self.shapes[name] = tuple(int(size) for size in data.shape)
         if not self.holds_initializers:
             return self._add_constant_node(name, tensor)
@@ -276,6 +278,14 @@ class Graph:
         value.type = ir.TensorType(tensor.dtype)
         self.ir.register_initializer(value)
         return value
+
+    def _stored(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        """The tensor, or its copy on disk where the model is too large for memory."""
+        if not spill.is_large(tensor):
+            return tensor
+        if not self._spill_known:
+            self._spill, self._spill_known = spill.spill_for(self.model.ir.graph), True
+        return tensor if self._spill is None else self._spill.keep(tensor)
 
     def _add_constant_node(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)])
@@ -383,6 +393,8 @@ class Graph:
         ):
             assert value.name is not None
             self.ir.initializers.pop(value.name, None)
+            self._constants.pop(value, None)
+            spill.let_go(value.const_value)
 
     def drop_if_unused(self, value: ir.Value) -> None:
         """Remove a tensor that nothing reads any more, with what only it needed."""

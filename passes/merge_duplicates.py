@@ -25,6 +25,7 @@ from graphfold.graph import is_op, only_consumer
 from graphfold.linear import PER_CHANNEL
 from graphfold.origins import SPARSE
 from graphfold.rewrite import Pass, Phase, Work
+from graphfold.spill import let_go
 
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
@@ -96,6 +97,7 @@ def _initializers(work: Work) -> Iterator[_Same]:
         for value in group if len(group) > 1 else ():
             assert value.const_value is not None
             digest = hashlib.sha256(value.const_value.tobytes()).hexdigest()
+            let_go(value.const_value)
             earlier = first.setdefault(digest, value)
             if earlier is not value and value.name not in annotated:
                 yield _Same((value,), (earlier,))
