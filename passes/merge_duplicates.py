@@ -3,7 +3,7 @@
 Two nodes of one operator with the same inputs, attributes and number of outputs give the same
 results: f(x) and f(x) become one. Walking in execution order, equal inputs become one tensor first,
 so whole equal branches merge. Two initializers of the same type and shape whose bytes are equal are
-one constant; only those that share type and shape with another are read at all.
+one constant; only those that share type, shape and first values with another are read in full.
 
 Kept apart: operators that draw random numbers; tensors that the interface names (two outputs keep
 two nodes) and initializers that callers may replace; what a subgraph reads; and paddings and
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ from graphfold.origins import SPARSE
 from graphfold.rewrite import Pass, Phase, Work
 from graphfold.spill import let_go
 
+_BEGINNING = 64
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
     | {"Bernoulli", "Multinomial", "Dropout"}
@@ -93,14 +94,32 @@ def _initializers(work: Work) -> Iterator[_Same]:
             groups[tensor.dtype, tuple(tensor.shape.numpy())].append(value)
     annotated = graph.model.annotation_names(graph.ir)
     for group in groups.values():
-        first: dict[str, ir.Value] = {}
-        for value in group if len(group) > 1 else ():
-            assert value.const_value is not None
-            digest = hashlib.sha256(value.const_value.tobytes()).hexdigest()
-            let_go(value.const_value)
-            earlier = first.setdefault(digest, value)
-            if earlier is not value and value.name not in annotated:
-                yield _Same((value,), (earlier,))
+        for alike in _grouped(group, _beginning):
+            for first, *others in _grouped(alike, _digest):
+                for value in others:
+                    if value.name not in annotated:
+                        yield _Same((value,), (first,))
+
+
+def _grouped(
+    values: Sequence[ir.Value], key: Callable[[ir.TensorProtocol], Hashable]
+) -> Iterator[list[ir.Value]]:
+    """Those of several initializers that agree in something, in their order."""
+    groups: dict[Hashable, list[ir.Value]] = defaultdict(list)
+    for value in values if len(values) > 1 else ():
+        assert value.const_value is not None
+        groups[key(value.const_value)].append(value)
+        let_go(value.const_value)
+    yield from (group for group in groups.values() if len(group) > 1)
+
+
+def _beginning(tensor: ir.TensorProtocol) -> bytes:
+    data: bytes = tensor.numpy().reshape(-1)[:_BEGINNING].tobytes()
+    return data
+
+
+def _digest(tensor: ir.TensorProtocol) -> str:
+    return hashlib.sha256(tensor.tobytes()).hexdigest()
 
 
 def _nodes(work: Work, same: dict[ir.Value, ir.Value]) -> Iterator[_Same]:
