@@ -147,8 +147,9 @@ def replace_region(
     put_in_place(work, region.nodes, output, result, fold)
     if segment is not None:
         work.barrier.update(nodes_between(region.entry, result))
-    if work.affines is not None:
+    if work.affines is not None and work.affine_room >= final.weight.nbytes:
         work.affines[fold.output] = final
+        work.affine_room -= final.weight.nbytes
     return fold
 
 

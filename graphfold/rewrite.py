@@ -126,6 +126,8 @@ class Work:
     repair: str | None = None
     # The folds in float64 by output tensor, where their rounding is going to be measured.
     affines: dict[str, AffineConv] | None = None
+    # Bytes of them that may still be held; folds beyond are not measured by themselves.
+    affine_room: int = 1 << 30
     # Nodes of segments, and the convolutions they became: loose merges stop there.
     barrier: set[ir.Node] = field(default_factory=set)
 
