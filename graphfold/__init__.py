@@ -100,12 +100,13 @@ def inspect(model: Any, *, input_shapes: Mapping[str, Sequence[int]] | None = No
     from graphfold.graph import Graph
     from graphfold.inspection import build_inspection
     from graphfold.optimizer import load_any
-    from graphfold.rewrite import Phase, Work, run_passes, select_passes
+    from graphfold.rewrite import Work, select_passes
+    from graphfold.scopes import fold_everywhere
 
     loaded = load_any(model)
     graph = Graph(loaded)
     trial = Graph(loaded.clone(), dict(graph.shapes))
-    statistics = run_passes(select_passes(), Phase.FOLD, Work(trial))
+    statistics = fold_everywhere(select_passes(), Work(trial))
     return build_inspection(
         graph,
         model=None if loaded.path is None else str(loaded.path),

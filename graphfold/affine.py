@@ -57,6 +57,11 @@ class AffineConv:
             bordered=self.border is not None,
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the weights take."""
+        return self.weight.nbytes
+
     def then(self, second: AffineConv, sizes: Sizes = None) -> AffineConv:
         """The single affine convolution equal to `second` after `self`, borders included.
 

@@ -14,6 +14,7 @@ import onnx_ir
 from graphfold.errors import ModelError
 from graphfold.tensors import payload_bytes
 
+_LONG_NAME = "ai.onnx"
 _UNKNOWN_DOMAIN = "graphfold.unknown"
 _Opsets = Any  # a repeated field of OperatorSetIdProto, whose class is protobuf's own
 _EXPORT_AGAIN = "export the model again"
@@ -287,6 +288,7 @@ def check_operators(model: onnx.ModelProto) -> None:
     Raises:
         ModelError: with the first line of what the checker says.
     """
+    shorten_default_domain(model)
     _relax(model.graph, model.opset_import)
     for function in model.functions:
         _relax_nodes(function.node, function.opset_import)
@@ -297,6 +299,27 @@ def check_operators(model: onnx.ModelProto) -> None:
     except onnx.checker.ValidationError as error:
         line = str(error).strip().splitlines()[0].strip()
         raise ModelError(f"is not a valid model: {line}", hint=_EXPORT_AGAIN) from None
+
+
+def shorten_default_domain(model: onnx.ModelProto) -> None:
+    """Write the default domain's long name, which runtimes accept, as the short one onnx knows."""
+    used = {opset.domain for opset in model.opset_import}
+    if _LONG_NAME not in used and all(node.domain != _LONG_NAME for node in model.graph.node):
+        return
+    for holder in (model, *model.functions):
+        for opset in list(holder.opset_import):
+            if opset.domain == _LONG_NAME:
+                opset.domain = ""
+    for body in (model.graph, *model.functions):
+        _shorten_in(body.node)
+
+
+def _shorten_in(nodes: Iterable[onnx.NodeProto]) -> None:
+    for node in nodes:
+        if node.domain == _LONG_NAME:
+            node.domain = ""
+        for sub in _subgraphs(node):
+            _shorten_in(sub.node)
 
 
 def _relax(graph: onnx.GraphProto, opsets: _Opsets) -> None:

@@ -6,14 +6,14 @@ more than once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from graphfold import constants
+from graphfold import constants, spill
 
 if TYPE_CHECKING:
     import onnx
@@ -26,6 +26,9 @@ TensorShape = tuple[Dim, ...]
 DEFAULT_DOMAINS = ("", "ai.onnx")
 # From this IR version on, an initializer that is also a graph input is a default value.
 _OPTIONAL_INPUTS_IR_VERSION = 4
+# Where a subgraph keeps the shapes that the inference of the model found in it.
+SHAPES_KEY = "graphfold.shapes"
+_GRAPH_TYPES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 def is_op(node: ir.Node | None, *op_types: str) -> bool:
@@ -65,33 +68,65 @@ def only_consumer(value: ir.Value) -> ir.Node | None:
 
 
 class Graph:
-    """One model's main graph with constants, shapes and names at hand.
+    """One graph of a model, the main one by default, with constants, shapes and names at hand.
 
     Args:
-        model: the loaded model; passes edit `model.ir.graph` in place.
+        model: the loaded model; passes edit its graph in place.
         shapes: inferred shapes by tensor name, see `infer_shapes`.
+        body: a subgraph or a function's body instead of the main graph.
+        opsets: operator sets that the body's nodes belong to.
+        names: of all tensors that new ones must differ from; the graph's own by default.
+        in_function: the body is a function's or lies in one: it has no initializers.
     """
 
-    def __init__(self, model: Model, shapes: dict[str, TensorShape] | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        shapes: dict[str, TensorShape] | None = None,
+        *,
+        body: ir.Graph | None = None,
+        opsets: Mapping[str, int] | None = None,
+        names: set[str] | None = None,
+        in_function: bool = False,
+    ) -> None:
         self.model = model
-        self.ir = model.ir.graph
+        self.ir = model.ir.graph if body is None else body
+        self.opsets = model.ir.opset_imports if opsets is None else opsets
+        self.in_function = in_function
         self.shapes = infer_shapes(model) if shapes is None else shapes
-        self._names = _all_names(self.ir)
+        self.names = _all_names(self.ir) if names is None else names
         self._constants: dict[ir.Value, NDArray[Any] | None] = {}
         self._is_constant: dict[ir.Value, bool] = {}
         self._dtypes: dict[ir.Value, ir.DataType | None] = {}
         self._moved: dict[ir.Value, ir.Value] = {}
+        self._spill: spill.Spill | None = None
+        self._spill_known = False
         # Set where something became constant that shapes may depend on.
         self.shapes_may_grow = False
 
     @property
     def opset(self) -> int:
-        """Version of the default ONNX operator set that the model imports."""
-        imports = self.model.ir.opset_imports
-        return imports.get("", imports.get("ai.onnx", 1))
+        """Version of the default ONNX operator set that the graph's nodes belong to."""
+        return self.opsets.get("", self.opsets.get("ai.onnx", 1))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the model's main graph."""
+        return self.ir is self.model.ir.graph
+
+    @property
+    def holds_initializers(self) -> bool:
+        """Whether constants can be added as initializers without becoming inputs."""
+        ir_version = self.model.ir.ir_version or 0
+        return ir_version >= _OPTIONAL_INPUTS_IR_VERSION and not self.in_function
 
     def refine_shapes(self) -> None:
-        """Infer shapes again, after constants became known, and add what was not known yet."""
+        """Infer shapes again, after constants became known, and add what was not known yet.
+
+        Bodies wait for the main graph's turn: there is one inference for the whole model.
+        """
+        if not self.is_main:
+            return
         for name, found in infer_shapes(self.model).items():
             known = self.shapes.get(name)
             if known is None:
@@ -161,7 +196,7 @@ class Graph:
     def is_overridable(self, value: ir.Value) -> bool:
         """An initializer that callers may replace at run time: also a graph input, IR >= 4."""
         ir_version = self.model.ir.ir_version or 0
-        optional = ir_version >= _OPTIONAL_INPUTS_IR_VERSION
+        optional = ir_version >= _OPTIONAL_INPUTS_IR_VERSION or not self.is_main
         return optional and value.is_graph_input() and value.is_initializer()
 
     def constant(self, value: ir.Value | None) -> NDArray[Any] | None:
@@ -207,6 +242,15 @@ class Graph:
         inputs = [None if source is None else self.constant(source) for source in producer.inputs]
         return constants.evaluate(producer, inputs)
 
+    def constant_tensor(self, value: ir.Value) -> ir.TensorProtocol | None:
+        """The tensor behind a constant as it is stored, else computed; None for what is none."""
+        if not self.is_constant(value):
+            return None
+        if value.const_value is not None:
+            return value.const_value
+        array = self.constant(value)
+        return None if array is None else ir.tensor(array, name=value.name)
+
     def current(self, value: ir.Value) -> ir.Value:
         """The tensor that stands for `value` after what was replaced and bypassed since."""
         while value in self._moved:
@@ -216,28 +260,37 @@ class Graph:
     def fresh_name(self, base: str) -> str:
         """A new tensor name `<base>/graphfold.N` that nothing in the model uses."""
         number = 0
-        while f"{base}/graphfold.{number}" in self._names:
+        while f"{base}/graphfold.{number}" in self.names:
             number += 1
         name = f"{base}/graphfold.{number}"
-        self._names.add(name)
+        self.names.add(name)
         return name
 
     def add_initializer(self, base: str, data: NDArray[Any]) -> ir.Value:
         """Register `data` as a new initializer named after tensor `base`.
 
         Before IR version 4 every initializer had to be a graph input; a Constant node keeps the
-        interface as it is.
+        interface as it is. Functions have no initializers at all.
         """
         name = self.fresh_name(base)
         dtype = ir.DataType.from_numpy(data.dtype)
-        tensor = ir.Tensor(np.ascontiguousarray(data).reshape(data.shape), dtype, name=name)
+        plain = ir.Tensor(np.ascontiguousarray(data).reshape(data.shape), dtype, name=name)
+        tensor = self._stored(plain)
         self.shapes[name] = tuple(int(size) for size in data.shape)
-        if (self.model.ir.ir_version or 0) < _OPTIONAL_INPUTS_IR_VERSION:
+        if not self.holds_initializers:
             return self._add_constant_node(name, tensor)
         value = ir.Value(name=name, shape=ir.Shape(data.shape), const_value=tensor)
         value.type = ir.TensorType(tensor.dtype)
         self.ir.register_initializer(value)
         return value
+
+    def _stored(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        """The tensor, or its copy on disk where the model is too large for memory."""
+        if not spill.is_large(tensor):
+            return tensor
+        if not self._spill_known:
+            self._spill, self._spill_known = spill.spill_for(self.model.ir.graph), True
+        return tensor if self._spill is None else self._spill.keep(tensor)
 
     def _add_constant_node(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)])
@@ -254,7 +307,7 @@ class Graph:
         if value.name is not None and value.name in self.shapes:
             self.shapes[name] = self.shapes.pop(value.name)
         value.name = name
-        self._names.add(name)
+        self.names.add(name)
 
     def bypass(self, output: ir.Value, source: ir.Value, *, shared: bool = False) -> ir.Value:
         """Let every reader of `output` read `source` instead; interface names survive.
@@ -314,7 +367,8 @@ class Graph:
         """Remove those of `candidates`, and what only fed them, that nothing reads any more.
 
         Initializers that lose their last reader go too, unless they are graph inputs or
-        outputs. Nodes and initializers that were unused before are left alone.
+        outputs, or training information may name them. Nodes and initializers that were unused
+        before are left alone.
         """
         removed: list[ir.Node] = []
         queue = list(candidates)
@@ -337,12 +391,24 @@ class Graph:
         producer = value.producer()
         if producer is not None:
             queue.append(producer)
-        elif value.is_initializer() and not value.is_graph_input():
+        elif (
+            value.is_initializer()
+            and not value.is_graph_input()
+            and not self.model.has_training_info
+        ):
             assert value.name is not None
             self.ir.initializers.pop(value.name, None)
+            self._constants.pop(value, None)
+            spill.let_go(value.const_value)
+
+    def drop_if_unused(self, value: ir.Value) -> None:
+        """Remove a tensor that nothing reads any more, with what only it needed."""
+        queue: list[ir.Node] = []
+        self._drop_if_unused(value, queue)
+        self.remove_dead(queue)
 
     def values(self) -> dict[str, ir.Value]:
-        """All named tensors of the main graph: inputs, initializers and node outputs."""
+        """All named tensors of the graph: inputs, initializers and node outputs."""
         found: dict[str, ir.Value] = {}
         for value in (*self.ir.inputs, *self.ir.initializers.values()):
             if value.name:
@@ -395,33 +461,56 @@ def infer_shapes(model: Model) -> dict[str, TensorShape]:
 
     Runs on a copy without weight payloads; the model's own value_info is not touched. Tensors
     whose rank stays unknown are absent. Models that onnx cannot infer keep declared shapes only.
+    What is found in subgraphs is kept with each, under `SHAPES_KEY`.
     """
     from graphfold.model import to_proto
 
-    return _inferred(to_proto(model, data=False))
+    return _inferred(model, to_proto(model, data=False))
 
 
 def shapes_as_read(model: Model) -> dict[str, TensorShape]:
     """The same for a model that nothing edited since it was loaded, with less copying."""
-    return _inferred(model.take_outline())
+    return _inferred(model, model.take_outline())
 
 
-def _inferred(proto: onnx.ModelProto) -> dict[str, TensorShape]:
+def _inferred(model: Model, proto: onnx.ModelProto) -> dict[str, TensorShape]:
     import onnx
 
-    shapes: dict[str, TensorShape] = {}
+    from graphfold.check import shorten_default_domain
+
+    shorten_default_domain(proto)
     try:
         inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     except Exception:  # noqa: BLE001 - onnx raises several kinds; declared shapes remain
         inferred = proto
-    for info in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
+    _keep_subgraph_shapes(inferred.graph, model.ir.graph)
+    return _proto_shapes(inferred.graph)
+
+
+def _proto_shapes(graph: Any) -> dict[str, TensorShape]:
+    shapes: dict[str, TensorShape] = {}
+    for info in (*graph.input, *graph.value_info, *graph.output):
         if info.type.WhichOneof("value") == "tensor_type" and info.type.tensor_type.HasField(
             "shape"
         ):
             shapes[info.name] = tuple(_proto_dim(dim) for dim in info.type.tensor_type.shape.dim)
-    for tensor in inferred.graph.initializer:
+    for tensor in graph.initializer:
         shapes[tensor.name] = tuple(tensor.dims)
     return shapes
+
+
+def _keep_subgraph_shapes(proto: Any, graph: ir.Graph) -> None:
+    """Hand each subgraph the shapes that were found in it."""
+    for index, node in enumerate(graph):
+        for attr in node.attributes.values():
+            if attr.type not in _GRAPH_TYPES or attr.is_ref():
+                continue
+            one = attr.type == ir.AttributeType.GRAPH
+            bodies = [attr.as_graph()] if one else list(attr.as_graphs())
+            written = next(item for item in proto.node[index].attribute if item.name == attr.name)
+            for body, found in zip(bodies, [written.g] if one else written.graphs, strict=True):
+                body.meta[SHAPES_KEY] = _proto_shapes(found)
+                _keep_subgraph_shapes(found, body)
 
 
 def _proto_dim(dim: Any) -> Dim:

@@ -40,6 +40,11 @@ class AffineMap(Protocol):
         """Largest |b|."""
         ...
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that its weights take."""
+        ...
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -78,6 +83,11 @@ class Dense:
     def offset(self) -> float:
         """Largest |b|."""
         return float(np.abs(self.bias).max(initial=0.0))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the weights take."""
+        return self.weight.nbytes
 
 
 @dataclass(frozen=True)
@@ -161,6 +171,11 @@ class TransposedConv:
         """Largest |b|."""
         return float(np.abs(self.bias).max(initial=0.0))
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the weights take."""
+        return self.weight.nbytes
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -196,3 +211,8 @@ class Steps:
         for part in self.parts:
             total = total * part.gain + part.offset
         return total
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the weights take."""
+        return sum(part.nbytes for part in self.parts)

@@ -163,12 +163,13 @@ def put_in_place(
     """Let `result` stand for `output`, remove what only that needed, and record the fold.
 
     Returns:
-        the fold with the coefficients of its rounding bound, from `affine` in float64 where given.
+        the fold with the coefficients of its rounding bound, from `affine` in float64 where given
+        and the fold has none yet.
     """
     if affine is not None:
-        fold = replace(fold, coefficients=coefficients(affine))
-        if work.affines is not None:
-            work.affines[fold.output] = affine
+        if fold.coefficients is None:
+            fold = replace(fold, coefficients=coefficients(affine))
+        work.remember(fold.output, affine)
     made = result.producer()
     assert made is not None
     work.graph.take_over(output, result)

@@ -69,9 +69,9 @@ class Model:
         original = None if origin is None else origin.original
         return isinstance(original, onnx.ModelProto) and len(original.training_info) > 0
 
-    def annotation_names(self) -> set[str]:
-        """Tensors that quantisation annotations of the main graph name as parameters."""
-        listed = self.ir.graph.meta.get(origins.KEY)
+    def annotation_names(self, graph: onnx_ir.Graph) -> set[str]:
+        """Tensors that quantisation annotations of one of its graphs name as parameters."""
+        listed = graph.meta.get(origins.KEY)
         entries = () if listed is None else listed.quantization
         return {pair.value for entry in entries for pair in entry.quant_parameter_tensor_names}
 
@@ -273,7 +273,7 @@ def _save_inline(model: Model, path: Path) -> list[Path]:
     return [path]
 
 
-def _serialized(proto: onnx.ModelProto) -> bytes:
+def _serialized(proto: onnx.ModelProto | onnx.FunctionProto) -> bytes:
     return bytes(proto.SerializeToString(deterministic=True))
 
 
@@ -414,7 +414,7 @@ def compare_interfaces(before: Model, after: Model) -> list[str]:
     """Say in sentences how two models differ for those who call them; empty when they do not.
 
     Compared are graph inputs and outputs (order, names, types, dims, default values), opsets, the
-    IR version and the functions that the model defines.
+    IR version and, but for their bodies, the functions that the model defines.
     """
     differences = []
     if before.ir.ir_version != after.ir.ir_version:
@@ -426,14 +426,16 @@ def compare_interfaces(before: Model, after: Model) -> list[str]:
         )
     differences += _compare_maps(
         "function",
-        {":".join(key): _function_bytes(item) for key, item in before.ir.functions.items()},
-        {":".join(key): _function_bytes(item) for key, item in after.ir.functions.items()},
+        {":".join(key): _function_header(item) for key, item in before.ir.functions.items()},
+        {":".join(key): _function_header(item) for key, item in after.ir.functions.items()},
     )
     return differences
 
 
-def _function_bytes(function: onnx_ir.Function) -> bytes:
-    return bytes(writer.function_proto(function).SerializeToString(deterministic=True))
+def _function_header(function: onnx_ir.Function) -> bytes:
+    proto = onnx.FunctionProto()
+    writer.write_function_header(proto, function)
+    return _serialized(proto)
 
 
 def _compare_maps(

@@ -23,13 +23,12 @@ from graphfold.rewrite import (
     METADATA_PREFIX,
     Pass,
     PassStatistics,
-    Phase,
     Progress,
     Work,
     recorded_folds,
-    run_passes,
     select_passes,
 )
+from graphfold.scopes import fold_everywhere
 
 if TYPE_CHECKING:
     import onnx
@@ -134,7 +133,7 @@ def optimize_model(
             repair=border_repair,
             affines={} if verify else None,
         )
-        statistics = run_passes(chosen, Phase.FOLD, work, progress)
+        statistics = fold_everywhere(chosen, work, progress)
     folded = work.graph.model
     changed = parsed is not None or any(each.applied for each in statistics)
     _finish(folded, parsed if changed else None, changed, strip_metadata)
@@ -238,7 +237,7 @@ def _verify(
     return compare(
         reference.model,
         folded,
-        folds=_ordered_folds(folded, statistics),
+        folds=[fold for fold in _ordered_folds(folded, statistics) if fold.scope is None],
         inputs=inputs,
         input_shapes=input_shapes,
         original=source,
@@ -249,15 +248,15 @@ def _verify(
 
 
 def _ordered_folds(folded: Model, statistics: Sequence[PassStatistics]) -> list[Any]:
-    """Folds in execution order, so that the first that deviates is named first."""
+    """Folds in execution order, so that the first that deviates is named first; bodies last."""
     position = {
         value.name: index for index, node in enumerate(folded.ir.graph) for value in node.outputs
     }
     # A tensor that was folded twice is what the last fold made it.
-    folds = {
-        fold.output: fold for each in statistics for fold in each.folds if fold.output in position
-    }
-    return sorted(folds.values(), key=lambda fold: position[fold.output])
+    every = [fold for each in statistics for fold in each.folds]
+    main = {fold.output: fold for fold in every if fold.scope is None and fold.output in position}
+    inner = {(fold.scope, fold.output): fold for fold in every if fold.scope is not None}
+    return [*sorted(main.values(), key=lambda fold: position[fold.output]), *inner.values()]
 
 
 def _refuse_failure(verification: Verification, require_verify: bool) -> None:

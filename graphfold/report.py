@@ -182,7 +182,7 @@ class Report:
         return found | self._verification_json()
 
     def _fold_json(self, fold: Fold) -> dict[str, Any]:
-        measured = self.fold_errors().get(fold.output)
+        measured = self.fold_errors().get(fold.output) if fold.scope is None else None
         errors = measured.to_json() if measured else {}
         return {
             "output": fold.output,
@@ -194,6 +194,7 @@ class Report:
             "repair": fold.repair,
             "pass": fold.pass_name,
             "segment": fold.segment,
+            "scope": fold.scope,
             "bound": errors.get("bound"),
             "estimate": errors.get("estimate"),
             "rounding": errors.get("rounding"),
@@ -240,10 +241,10 @@ class Report:
         measured = self.fold_errors()
         rows = []
         for fold in self.folds:
-            item = measured.get(fold.output)
+            item = measured.get(fold.output) if fold.scope is None else None
             rows.append(
                 (
-                    fold.output,
+                    fold.output if fold.scope is None else f"{fold.output} ({fold.scope})",
                     fold.boundary,
                     fold.repair,
                     str(len(fold.replaces)),
@@ -423,7 +424,7 @@ def _normalized_outputs(before: Snapshot, folds: Sequence[Fold]) -> set[str]:
     """Outputs of folds that stand for one convolution and its BatchNormalization."""
     kinds = {node.label: node.op_type for node in before.cost.nodes}
     found: set[str] = set()
-    for fold in folds:
+    for fold in (fold for fold in folds if fold.scope is None):
         replaced = Counter(kinds.get(label) for label in fold.replaces)
         if replaced["Conv"] == 1 and replaced["BatchNormalization"]:
             found.add(fold.output)

@@ -55,6 +55,7 @@ class Fold:
             sizes are not fixed.
         input: tensor that the merge reads.
         coefficients: the input-free part of its rounding bound, see `graphfold.bounds`.
+        scope: the subgraph or function that it lies in, None for the main graph.
     """
 
     output: str
@@ -70,6 +71,7 @@ class Fold:
     macs: tuple[int, int] | None = None
     input: str | None = None
     coefficients: Coefficients | None = None
+    scope: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,16 @@ class Work:
     repair: str | None = None
     # The folds in float64 by output tensor, where their rounding is going to be measured.
     affines: dict[str, AffineMap] | None = None
+    # Bytes of them that may still be held; folds beyond are not measured by themselves.
+    affine_room: int = 1 << 30
     # Nodes of segments, and the convolutions they became: loose merges stop there.
     barrier: set[ir.Node] = field(default_factory=set)
+
+    def remember(self, output: str, affine: AffineMap) -> None:
+        """Keep a fold in float64 for the measurement of its rounding, where that is wanted."""
+        if self.affines is not None and affine.nbytes <= self.affine_room:
+            self.affines[output] = affine
+            self.affine_room -= affine.nbytes
 
     def bypass(self, output: ir.Value, source: ir.Value) -> ir.Value:
         """Remove what lies between two tensors; returns the tensor that stands for `output`.

@@ -77,9 +77,11 @@ def _fixed(shape: TensorShape, given: Sequence[int] | None) -> TensorShape:
 def _infer(graph: Graph, fixed: Mapping[str, TensorShape]) -> Mapping[str, TensorShape]:
     import onnx
 
+    from graphfold.check import shorten_default_domain
     from graphfold.model import to_proto
 
     proto = to_proto(graph.model, data=False)
+    shorten_default_domain(proto)
     for item in proto.graph.input:
         if item.name in fixed:
             _set_shape(item, fixed[item.name])

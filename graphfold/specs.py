@@ -25,7 +25,10 @@ SECOND_BATCH = 1
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input of a model as onnxruntime declares it; unknown sizes are None or a name."""
+    """One input of a model as onnxruntime declares it; unknown sizes are None or a name.
+
+    No sizes at all mean a single number or an unknown rank: onnxruntime does not tell them apart.
+    """
 
     name: str
     dtype: str
@@ -102,10 +105,12 @@ def _unknown_input(name: str, known: Sequence[str]) -> UsageError:
 
 def _check_shape(spec: InputSpec, shape: Sequence[int]) -> None:
     wanted = f"input {spec.name!r} is {describe_shape(spec.shape)}"
-    if len(shape) != len(spec.shape):
-        raise UsageError(f"input shape {list(shape)} has {len(shape)} axes", hint=wanted)
     if any(size < 1 for size in shape):
         raise UsageError(f"input shape {list(shape)}: sizes start at 1", hint=wanted)
+    if not spec.shape:
+        return
+    if len(shape) != len(spec.shape):
+        raise UsageError(f"input shape {list(shape)} has {len(shape)} axes", hint=wanted)
     for size, fixed in zip(shape, spec.shape, strict=True):
         if isinstance(fixed, int) and fixed != size:
             raise UsageError(f"input shape {list(shape)} does not fit the model", hint=wanted)
@@ -242,7 +247,7 @@ def _fit_array(spec: InputSpec, value: NDArray[Any], where: str) -> NDArray[Any]
         not isinstance(fixed, int) or fixed == size
         for size, fixed in zip(array.shape, spec.shape, strict=True)
     )
-    if not fits:
+    if spec.shape and not fits:
         raise DataError(
             f"array for input {spec.name!r} is {describe_shape(array.shape)}, "
             f"the model wants {describe_shape(spec.shape)}",

@@ -22,7 +22,7 @@ import numpy as np
 from graphfold import comparison, specs
 from graphfold.bounds import RoundingError, rounding_error
 from graphfold.comparison import ABSOLUTE_FLOOR, Difference, tolerance_for
-from graphfold.errors import DataError
+from graphfold.errors import DataError, ModelError
 from graphfold.feeds import as_float, describe_feed, first_that_runs, second_feed
 from graphfold.runtime import RunError, Runnable, Session
 from graphfold.specs import Arrays
@@ -191,7 +191,7 @@ class _Job:
         self.random = True
         try:
             outputs, feed, size = first_that_runs(session, given, seed)
-        except RunError as error:
+        except ModelError as error:
             raise _CannotVerifyError(error.what) from None
         self.feeds = [feed]
         second = second_feed(session, given, size, seed, feed)
@@ -352,7 +352,7 @@ class _Job:
         results = actual[fold.output]
         if fold.input in self.feeds[0]:
             sources = [np.asarray(self.feeds[0][fold.input])]
-        if affine is None or not sources or not results:
+        if affine is None or not sources or not results or not results[0].size:
             return None
         found = rounding_error(affine, sources[0][:1], results[0][:1])
         if found is not None and not found.holds:

@@ -171,13 +171,6 @@ def _write_function(proto: onnx.FunctionProto, function: onnx_ir.Function, write
         _write_value_info(proto, function.graph, values, origin)
 
 
-def function_proto(function: onnx_ir.Function) -> onnx.FunctionProto:
-    """Return the proto of one function."""
-    proto = onnx.FunctionProto()
-    _write_function(proto, function, Writer(Payload.INLINE))
-    return proto
-
-
 def _write_info(proto: onnx.ValueInfoProto, value: onnx_ir.Value, role: str) -> None:
     serde.serialize_value_into(proto, value)
     origins: dict[str, Origin] | None = value.meta.get(KEY)

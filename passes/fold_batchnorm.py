@@ -108,11 +108,14 @@ class FoldBatchnorm(Pass):
         made.attributes.update(conv.attributes)
         fold = _record(graph, candidate, weight, bias, metadata, self.name)
         axes = _axes(graph, conv, weight.shape[2:])
+        affine = None
         if work.affines is not None and axes is not None:
             rows = candidate.scale.reshape(-1, *[1] * (weight.ndim - 1))
             scaled = weight.astype(np.float64) * rows
-            work.affines[fold.output] = AffineConv(scaled, bias, axes, fold.groups)
-        return put_in_place(work, (conv, *candidate.scaling), candidate.output, result, fold)
+            affine = AffineConv(scaled, bias, axes, fold.groups)
+        return put_in_place(
+            work, (conv, *candidate.scaling), candidate.output, result, fold, affine
+        )
 
 
 # --- finding ----------------------------------------------------------------------------------

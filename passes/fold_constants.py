@@ -9,7 +9,7 @@ Only a fixed list of deterministic operators is computed: arithmetic, comparison
 data. Quantised weights stay quantised. Refused: results that are larger than their inputs by more
 than four times and a million values, ConstantOfShape of more than a thousand (a file would grow),
 and integer divisions without a result. Outputs of the graph stay results of nodes. Before IR
-version 4, where every initializer is an input, nothing is done.
+version 4, where every initializer is an input, and in functions, which have none, nothing is done.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from graphfold.rewrite import Pass, Phase, Work
 
 Array = NDArray[Any]
 
-_IR_VERSION = 4
 _LARGEST = 1 << 20
 _LARGEST_FILL = 1 << 10
 _GROWTH = 4
@@ -64,7 +63,7 @@ class FoldConstants(Pass):
 
     def find(self, work: Work) -> Iterable[_Known]:
         """Nodes whose results are known, in execution order: each may use those before it."""
-        if (work.graph.model.ir.ir_version or 0) < _IR_VERSION:
+        if not work.graph.holds_initializers:
             return []
         if work.graph.shapes_may_grow:
             work.graph.refine_shapes()

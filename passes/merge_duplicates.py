@@ -3,7 +3,7 @@
 Two nodes of one operator with the same inputs, attributes and number of outputs give the same
 results: f(x) and f(x) become one. Walking in execution order, equal inputs become one tensor first,
 so whole equal branches merge. Two initializers of the same type and shape whose bytes are equal are
-one constant; only those that share type and shape with another are read at all.
+one constant; only those that share type, shape and first values with another are read in full.
 
 Kept apart: operators that draw random numbers; tensors that the interface names (two outputs keep
 two nodes) and initializers that callers may replace; what a subgraph reads; and paddings and
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,8 +24,11 @@ from graphfold.cleanup import bypass, free_nodes, is_captured, why_not_bypassed
 from graphfold.graph import is_op, only_consumer
 from graphfold.linear import PER_CHANNEL
 from graphfold.rewrite import Pass, Phase, Work
+from graphfold.spill import let_go
 from graphfold.tensors import first_bytes, is_sparse
 
+# Most tensors of one shape differ in these elements already, and need not be read to the end.
+_BEGINNING = 64
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
     | {"Bernoulli", "Multinomial", "Dropout"}
@@ -34,8 +37,6 @@ _DISCRETE = frozenset(
     {ir.AttributeType.INT, ir.AttributeType.INTS}
     | {ir.AttributeType.STRING, ir.AttributeType.STRINGS}
 )
-# Most tensors of one shape differ in these already, and need not be read to the end.
-_FIRST_ELEMENTS = 16
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class MergeDuplicates(Pass):
 
     def find(self, work: Work) -> Iterable[_Same]:
         """Equal initializers, then equal nodes in execution order."""
-        constants = list(_initializers(work))
+        # Training may tell equal ones apart.
+        constants = [] if work.graph.model.has_training_info else list(_initializers(work))
         same = {each.later[0]: each.earlier[0] for each in constants}
         return [*constants, *_nodes(work, same)]
 
@@ -95,27 +97,33 @@ def _initializers(work: Work) -> Iterator[_Same]:
             continue
         if not is_captured(graph, value):
             groups[tensor.dtype, tuple(tensor.shape.numpy())].append(value)
-    annotated = graph.model.annotation_names()
+    annotated = graph.model.annotation_names(graph.ir)
     for group in groups.values():
-        for alike in _with_equal_start(group):
-            first: dict[str, ir.Value] = {}
-            for value in alike:
-                assert value.const_value is not None
-                digest = hashlib.sha256(value.const_value.tobytes()).hexdigest()
-                earlier = first.setdefault(digest, value)
-                if earlier is not value and value.name not in annotated:
-                    yield _Same((value,), (earlier,))
+        for alike in _grouped(group, _beginning):
+            for first, *others in _grouped(alike, _digest):
+                for value in others:
+                    if value.name not in annotated:
+                        yield _Same((value,), (first,))
 
 
-def _with_equal_start(values: list[ir.Value]) -> Iterator[list[ir.Value]]:
-    """Those of equally shaped initializers whose first bytes are equal, in groups."""
-    if len(values) < 2:
-        return
-    groups: dict[bytes, list[ir.Value]] = defaultdict(list)
-    for value in values:
+def _grouped(
+    values: Sequence[ir.Value], key: Callable[[ir.TensorProtocol], Hashable]
+) -> Iterator[list[ir.Value]]:
+    """Those of several initializers that agree in something, in their order."""
+    groups: dict[Hashable, list[ir.Value]] = defaultdict(list)
+    for value in values if len(values) > 1 else ():
         assert value.const_value is not None
-        groups[first_bytes(value.const_value, _FIRST_ELEMENTS)].append(value)
+        groups[key(value.const_value)].append(value)
+        let_go(value.const_value)
     yield from (group for group in groups.values() if len(group) > 1)
+
+
+def _beginning(tensor: ir.TensorProtocol) -> bytes:
+    return first_bytes(tensor, _BEGINNING)
+
+
+def _digest(tensor: ir.TensorProtocol) -> str:
+    return hashlib.sha256(tensor.tobytes()).hexdigest()
 
 
 def _nodes(work: Work, same: dict[ir.Value, ir.Value]) -> Iterator[_Same]:

@@ -43,7 +43,7 @@ class RemoveUnused(Pass):
     def _constants(self, work: Work, gone: set[ir.Node]) -> Iterable[ir.Value]:
         if work.graph.model.has_training_info:
             return
-        named = work.graph.model.annotation_names()
+        named = work.graph.model.annotation_names(work.graph.ir)
         for value in work.graph.ir.initializers.values():
             if not value.is_graph_input() and value.name not in named and _unread(value, gone):
                 yield value

@@ -693,7 +693,7 @@ def test_differences_of_interfaces() -> None:
     del ir.graph.initializers["overridable"]
     ir.graph.outputs[0].name = "renamed"
     ir.functions.pop(("local", "Scale", ""))
-    ir.functions["local", "Scale", "second"][1].name = "changed"
+    ir.functions["local", "Scale", "second"].outputs[0].name = "changed"
     found = "\n".join(model.compare_interfaces(one, other))
     for text in (
         "IR version: 11 became 12",
