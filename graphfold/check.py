@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 import onnx_ir
 
+from graphfold import guard
 from graphfold.errors import ModelError
 
 _UNKNOWN_DOMAIN = "graphfold.unknown"
@@ -291,7 +292,8 @@ def check_operators(model: onnx.ModelProto) -> None:
     if model.ir_version < 3:
         return  # has no operator sets to check against
     try:
-        onnx.checker.check_model(model)
+        with guard.step(guard.CHECKER):
+            onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         line = str(error).strip().splitlines()[0].strip()
         raise ModelError(f"is not a valid model: {line}", hint=_EXPORT_AGAIN) from None

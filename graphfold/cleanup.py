@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from graphfold import guard
 from graphfold.graph import Graph, attribute, has_reference_attributes, is_op
 from graphfold.rewrite import Work
 
@@ -129,6 +130,8 @@ def evaluate(
 
     from graphfold.runtime import RunError, Runnable, Session
 
+    if guard.avoided(guard.CONSTANTS) is not None:
+        return None
     types = [data.dtype for data in inputs if data is not None]
     if is_op(node, "Cast"):
         types.append(np.dtype(ir.DataType(attribute(node, "to")).numpy()))
@@ -151,7 +154,7 @@ def evaluate(
     opsets = [onnx.helper.make_opsetid("", graph.opset)]
     model = onnx.helper.make_model(body, opset_imports=opsets, ir_version=_IR_VERSION)
     try:
-        with Runnable(model.SerializeToString()) as runnable:
+        with guard.step(guard.CONSTANTS), Runnable(model.SerializeToString()) as runnable:
             results = Session(runnable, optimize=False, threads=1).run({})
     except RunError:
         return None

@@ -6,6 +6,7 @@ more than once.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from graphfold import constants
+from graphfold import constants, guard
 
 if TYPE_CHECKING:
     from graphfold.model import Model
@@ -398,10 +399,11 @@ def infer_shapes(model: Model) -> dict[str, TensorShape]:
 
     shapes: dict[str, TensorShape] = {}
     proto = to_proto(model, data=False)
-    try:
-        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    except Exception:  # noqa: BLE001 - onnx raises several kinds; declared shapes remain
-        inferred = proto
+    inferred = proto
+    if guard.avoided(guard.INFERENCE) is None:
+        # onnx raises several kinds of errors; declared shapes remain.
+        with contextlib.suppress(Exception), guard.step(guard.INFERENCE):
+            inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     for info in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
         if info.type.WhichOneof("value") == "tensor_type" and info.type.tensor_type.HasField(
             "shape"

@@ -120,7 +120,15 @@ def optimize_model(
     if verify:
         with clock.stage("verify", progress):
             verification = _verify(
-                source, reference, work, statistics, inputs, input_shapes, tolerance, progress
+                source,
+                reference,
+                work,
+                statistics,
+                inputs=inputs,
+                input_shapes=input_shapes,
+                tolerance=tolerance,
+                progress=progress,
+                unlimited=require_verify,
             )
         _refuse_failure(verification, require_verify)
     with clock.stage("report", progress):
@@ -188,10 +196,7 @@ def _verify(
     reference: Reference,
     work: Work,
     statistics: Sequence[PassStatistics],
-    inputs: Iterable[Mapping[str, NDArray[Any]]] | None,
-    input_shapes: Mapping[str, Sequence[int]] | None,
-    tolerance: float | None,
-    progress: Progress | None,
+    **options: Any,
 ) -> Verification:
     from graphfold.verifier import verify as compare
 
@@ -206,12 +211,9 @@ def _verify(
         reference.model,
         folded,
         folds=_ordered_folds(folded, statistics),
-        inputs=inputs,
-        input_shapes=input_shapes,
         original=source,
         affines=work.affines,
-        tolerance=tolerance,
-        progress=progress,
+        **options,
     )
 
 

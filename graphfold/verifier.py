@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphfold import comparison, specs
+from graphfold import comparison, guard, specs
 from graphfold.bounds import RoundingError, rounding_error
 from graphfold.comparison import ABSOLUTE_FLOOR, Difference, tolerance_for
 from graphfold.errors import DataError
 from graphfold.feeds import as_float, describe_feed, first_that_runs, second_feed
-from graphfold.runtime import RunError, Runnable, Session
+from graphfold.runtime import OutOfMemoryError, RunError, Runnable, Session, weight_bytes
 from graphfold.specs import Arrays
 from graphfold.verification import FoldComparison, OutputComparison, Verification
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["FoldComparison", "OutputComparison", "Verification", "verify"]
 
 Progress = Callable[[str, int, int], None]
+
+_GIVE_SIZES = "; smaller sizes can be given as input shapes"
 
 # Fold tensors are compared on as many feeds as fit into this; outputs on all of them.
 _FOLD_TENSOR_BYTES = 2**30
@@ -55,6 +57,7 @@ def verify(
     tolerance: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    unlimited: bool = False,
 ) -> Verification:
     """Compare `candidate` with `reference` on the same inputs.
 
@@ -76,6 +79,8 @@ def verify(
         tolerance: default 1e-4 for float32, 32 unit roundoffs for float16 and bfloat16.
         seed: of the random inputs.
         progress: called with (stage, done, total).
+        unlimited: let the networks take any time and memory. Otherwise, on made-up inputs of
+            made-up sizes, they may take so much as `graphfold.guard` says.
 
     Returns:
         A `Verification`; `passed` is None, with a `reason`, where onnxruntime cannot load the
@@ -94,7 +99,20 @@ def verify(
         tolerance=tolerance,
         progress=progress or _no_progress,
     )
-    return job.run(inputs, input_shapes, seed)
+    reason = guard.avoided(guard.RUN)
+    if reason is not None:
+        return job.refused(f"{reason}{_GIVE_SIZES}")
+    is_limited = inputs is None and not input_shapes and not unlimited
+    weights = weight_bytes(job.original)
+    with guard.step(guard.RUN, guard.run_seconds(weights) if is_limited else None):
+        if not is_limited:
+            return job.run(inputs, input_shapes, seed)
+        try:
+            with guard.memory(guard.run_bytes(weights)):
+                return job.run(inputs, input_shapes, seed)
+        except (MemoryError, OutOfMemoryError):
+            megabytes = guard.run_bytes(weights) // 10**6
+            return job.refused(f"running the model takes more than {megabytes} MB{_GIVE_SIZES}")
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:
@@ -139,6 +157,10 @@ class _Job:
         except _SideError as error:
             return self._result(started, passed=False, reason=str(error))
 
+    def refused(self, reason: str) -> Verification:
+        """No comparison at all."""
+        return self._result(time.perf_counter(), passed=None, reason=reason)
+
     # Inputs ---------------------------------------------------------------------------------
 
     def _choose_inputs(
@@ -151,6 +173,8 @@ class _Job:
         with Runnable(self.original) as runnable:
             try:
                 session = Session(runnable, optimize=False)
+            except OutOfMemoryError:
+                raise
             except RunError as error:
                 raise _CannotVerifyError(error.what) from None
             first = (
@@ -413,6 +437,8 @@ class _SideError(Exception):
 def _blaming(side: str, stage: str) -> Iterator[None]:
     try:
         yield
+    except OutOfMemoryError:
+        raise
     except RunError as error:
         network = "reference network" if side == "reference" else "candidate network"
         raise _SideError(f"{network} ({stage}): {error.what}") from None
