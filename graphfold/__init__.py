@@ -96,23 +96,26 @@ def inspect(model: Any, *, input_shapes: Mapping[str, Sequence[int]] | None = No
     Raises:
         ModelError, UsageError: bad input.
     """
+    from graphfold.check import blaming
     from graphfold.graph import Graph
     from graphfold.inspection import build_inspection
+    from graphfold.model import to_proto
     from graphfold.optimizer import load_any
     from graphfold.rewrite import Phase, Work, run_passes, select_passes
 
     loaded = load_any(model)
-    graph = Graph(loaded)
-    trial = Graph(loaded.clone(), dict(graph.shapes))
-    statistics = run_passes(select_passes(), Phase.FOLD, Work(trial))
-    return build_inspection(
-        graph,
-        model=None if loaded.path is None else str(loaded.path),
-        input_shapes=input_shapes,
-        folded=trial,
-        folds=[fold for each in statistics for fold in each.folds],
-        skipped=[skip for each in statistics for skip in each.skipped],
-    )
+    with blaming(lambda: to_proto(loaded)):
+        graph = Graph(loaded)
+        trial = Graph(loaded.clone(), dict(graph.shapes))
+        statistics = run_passes(select_passes(), Phase.FOLD, Work(trial))
+        return build_inspection(
+            graph,
+            model=None if loaded.path is None else str(loaded.path),
+            input_shapes=input_shapes,
+            folded=trial,
+            folds=[fold for each in statistics for fold in each.folds],
+            skipped=[skip for each in statistics for skip in each.skipped],
+        )
 
 
 def verify(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import onnx
 import onnx_ir
 
 from graphfold import guard
-from graphfold.errors import ModelError
+from graphfold.errors import GraphfoldError, ModelError
 
 _UNKNOWN_DOMAIN = "graphfold.unknown"
 _Opsets = Any  # a repeated field of OperatorSetIdProto, whose class is protobuf's own
@@ -137,7 +138,7 @@ def _defined(ready: Iterable[str], nodes: Iterable[onnx.NodeProto]) -> set[str]:
             if name and name in found:
                 raise ModelError(f"the tensor {name!r} is defined twice", hint=_EXPORT_AGAIN)
             found.add(name)
-    return found
+    return found - {""}
 
 
 def _check_nodes(
@@ -201,8 +202,55 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         yield from attribute.graphs
 
 
+@contextlib.contextmanager
+def blaming(model: Callable[[], onnx.ModelProto]) -> Iterator[None]:
+    """Where onnx or onnxruntime find a model invalid, an error nobody foresaw is the model's.
+
+    Args:
+        model: gives the model that the block works on; called after such an error only.
+
+    Raises:
+        ModelError: what is wrong with the model. Where nothing is, the error itself.
+    """
+    try:
+        yield
+    except (GraphfoldError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        found = _why_invalid(model())
+        if found is None:
+            raise
+        raise ModelError(f"is not a valid model: {found}", hint=_EXPORT_AGAIN) from error
+
+
+def _why_invalid(proto: onnx.ModelProto) -> str | None:
+    """What onnx's checker, its strict shape inference or onnxruntime object to first."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        with guard.step(guard.CHECKER):
+            onnx.checker.check_model(proto)
+            onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+            data = proto.SerializeToString()
+            onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - all three raise many types
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return lines[0].strip()
+    return None
+
+
 def check_tensor(tensor: onnx_ir.TensorProtocol) -> None:
     """Raise `ModelError` unless the tensor's data has the size that its type and shape ask for."""
+    if tensor.dtype == onnx_ir.DataType.UNDEFINED:
+        raise ModelError(f"the tensor {tensor.name!r} has no element type", hint=_EXPORT_AGAIN)
+    if any(size < 0 for size in tensor.shape.numpy()):
+        raise ModelError(
+            f"the tensor {tensor.name!r} has the shape {list(tensor.shape.numpy())}",
+            hint=_EXPORT_AGAIN,
+        )
     if isinstance(tensor, onnx_ir.ExternalTensor):
         _check_external(tensor)
     elif isinstance(tensor, onnx_ir.serde.TensorProtoTensor):
@@ -229,7 +277,7 @@ def _check_inline(tensor: onnx_ir.serde.TensorProtoTensor) -> None:
 def _check_external(tensor: onnx_ir.ExternalTensor) -> None:
     location = os.fspath(tensor.location)
     name = tensor.name
-    if not location:
+    if not location or "\0" in location:
         raise ModelError(f"the tensor {name!r} names no data file", hint=_EXPORT_AGAIN)
     folder = Path(tensor.base_dir)
     path = _inside(folder, location, name)

@@ -102,7 +102,7 @@ def element_type(graph: Graph, value: ir.Value | None) -> ir.DataType | None:
     for _ in range(_FURTHEST):
         if value is None:
             return None
-        if value.dtype is not None:
+        if value.dtype not in (None, ir.DataType.UNDEFINED):
             return value.dtype
         if value.const_value is not None:
             return value.const_value.dtype

@@ -13,8 +13,7 @@ from graphfold.comparison import is_float
 from graphfold.runtime import OutOfMemoryError, RunError, Session
 from graphfold.specs import Arrays, Shapes
 
-
-_LARGEST_INPUTS = 1 << 26
+_LARGEST_INPUTS = 1 << 27
 
 
 def first_that_runs(

@@ -144,7 +144,7 @@ class Graph:
         return found
 
     def _own_dtype(self, value: ir.Value) -> ir.DataType | None:
-        if value.dtype is not None:
+        if value.dtype not in (None, ir.DataType.UNDEFINED):
             return value.dtype
         if value.const_value is not None:
             return value.const_value.dtype

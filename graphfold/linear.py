@@ -109,6 +109,9 @@ def conv_axes(
     dilations = attribute(node, "dilations") or [1] * rank
     pads = attribute(node, "pads") or [0] * (2 * rank)
     auto_pad = attribute(node, "auto_pad", "NOTSET")
+    counts = (len(strides), len(dilations), len(pads))
+    if counts != (rank, rank, 2 * rank) or min(*kernel, *strides, *dilations) < 1:
+        raise NotExactError(f"the window of {node_label(node)!r} is not one of {rank} axes")
     axes = []
     for number in range(rank):
         axis = Axis(kernel[number], strides[number], dilations[number])

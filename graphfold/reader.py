@@ -9,6 +9,7 @@ the object they belong to, in its `meta` store, which `onnx_ir.Model.clone` carr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,9 @@ from graphfold.writer import (
     write_node_header,
     write_tensor_header,
 )
+
+# What onnx-ir notices is told in this program's own words, or not at all.
+logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 
 
 def read(original: onnx.ModelProto) -> tuple[onnx_ir.Model, Header]:

@@ -159,7 +159,7 @@ def _chain_from(work: Work, conv: ir.Node) -> Chain | None:
     """The chain around a convolution; what leads to it keeps the number of channels."""
     graph = work.graph
     weight = graph.shape(conv.inputs[1])
-    if weight is None or conv.inputs[1] is None or not graph.is_constant(conv.inputs[1]):
+    if weight is None or len(weight) < 3 or not graph.is_constant(conv.inputs[1]):
         return None
     if graph.dtype(conv.inputs[1]) not in FLOAT_TYPES:
         return None
@@ -167,7 +167,8 @@ def _chain_from(work: Work, conv: ir.Node) -> Chain | None:
     groups = conv.attributes["group"].as_int() if "group" in conv.attributes else 1
     channels = (weight[1] if isinstance(weight[1], int) else 0) * groups
     first = _first_before(work, conv)
-    sizes = graph.sizes(variable_inputs(graph, first)[0]) or (None,) * rank
+    sources = variable_inputs(graph, first)
+    sizes = graph.sizes(sources[0] if sources else None) or (None,) * rank
     nominal = tuple(NOMINAL_SIZE if size is None else size for size in sizes)
     links: list[Link] = []
     node: ir.Node | None = first
@@ -190,7 +191,7 @@ def _chain_from(work: Work, conv: ir.Node) -> Chain | None:
         )
         nominal = geometry.output_sizes(nominal)
         node = only_consumer(node.outputs[0])
-    return Chain(tuple(links)) if links else None
+    return Chain(tuple(links)) if any(link.is_conv for link in links) else None
 
 
 def best_split(work: Work, chain: Chain) -> Split:
