@@ -159,7 +159,9 @@ def _chain_from(work: Work, conv: ir.Node) -> Chain | None:
     """The chain around a convolution; what leads to it keeps the number of channels."""
     graph = work.graph
     weight = graph.shape(conv.inputs[1])
-    if weight is None or len(weight) < 3 or not graph.is_constant(conv.inputs[1]):
+    if conv.inputs[1] is None or weight is None or len(weight) < 3:
+        return None
+    if not graph.is_constant(conv.inputs[1]):
         return None
     if graph.dtype(conv.inputs[1]) not in FLOAT_TYPES:
         return None

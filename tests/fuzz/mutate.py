@@ -72,8 +72,8 @@ def make_case(bases: dict[str, bytes], seed: int, number: int) -> Case:
         if base == EXTERNAL:
             move_outside(rng, model)
             names.append("move_outside")
-        for _ in range(rng.choice((0, 0, 0, 1, 2)) + (base != EXTERNAL)):
-            names.append(_mutate(rng, model))
+        more = rng.choice((0, 0, 0, 1, 2)) + (base != EXTERNAL)
+        names += [_mutate(rng, model) for _ in range(more)]
         data = model.SerializeToString()
         if rng.random() < 0.05:
             data, name = _mutate_bytes(rng, data, bases)
@@ -445,10 +445,15 @@ def loop_long(rng: random.Random, model: onnx.ModelProto) -> None:
     """A loop that never ends, beside what the model does."""
     info = helper.make_tensor_value_info
     body = helper.make_graph(
-        [helper.make_node("Identity", ["c"], ["d"]), helper.make_node("Add", ["s", "s"], ["t"])],
+        [
+            helper.make_node("Identity", ["go_on"], ["still"]),
+            helper.make_node("Add", ["sum", "sum"], ["doubled"]),
+        ],
         "forever",
-        [info("i", 7, []), info("c", 9, []), info("s", 1, [1])],
-        [info("d", 9, []), info("t", 1, [1]), info("d", 9, [])][: rng.choice((2, 2, 3))],
+        [info("i", 7, []), info("go_on", 9, []), info("sum", 1, [1])],
+        [info("still", 9, []), info("doubled", 1, [1]), info("still", 9, [])][
+            : rng.choice((2, 2, 3))
+        ],
     )
     trips = helper.make_tensor("forever_trips", TensorProto.INT64, [], [rng.choice((2**40, 2**62))])
     yes = helper.make_tensor("forever_yes", TensorProto.BOOL, [], [True])

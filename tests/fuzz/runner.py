@@ -133,23 +133,22 @@ def _judge(status: int, out: str, err: str, written: set[str]) -> tuple[str, str
         return _judge_success(out)
     if written:
         return "written", f"exit {code}, and {sorted(written)} written"
-    message = err.strip().splitlines()
-    # --debug shows tracebacks after the message, for those who look into failures.
-    message = message[
-        : next(
-            (
-                i
-                for i, t in enumerate(message)
-                if "Traceback" in t or t.startswith(("graphfold.errors", "  +"))
-            ),
-            None,
-        )
-    ]
+    message = _without_traceback(err)
     if code == 2 and len(message) == 1 and message[0].startswith("graphfold: error: "):
         return "error: " + _general(message[0].split(": ", 2)[2]), None
     last = err.strip().splitlines()[-1] if err.strip() else "no message"
     what = {1: "wrong result", 3: "internal error"}.get(code, f"exit {code}")
     return what, f"{what}: {_general(last)[:120]}"
+
+
+def _without_traceback(err: str) -> list[str]:
+    """Lines of a message; --debug shows tracebacks after it, for those who look into failures."""
+    lines: list[str] = []
+    for line in err.strip().splitlines():
+        if line.startswith(("Traceback", "graphfold.errors.", "  +")):
+            break
+        lines.append(line)
+    return lines
 
 
 def _judge_success(out: str) -> tuple[str, str | None]:
