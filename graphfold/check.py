@@ -16,6 +16,7 @@ from graphfold.errors import GraphfoldError, ModelError
 
 _UNKNOWN_DOMAIN = "graphfold.unknown"
 _Opsets = Any  # a repeated field of OperatorSetIdProto, whose class is protobuf's own
+_FunctionKey = tuple[str, str, str]
 _EXPORT_AGAIN = "export the model again"
 # Top-level fields of a ModelProto: number -> wire type (0 varint, 2 length-delimited).
 _MODEL_FIELDS = {
@@ -88,6 +89,35 @@ def check_header(model: onnx.ModelProto) -> None:
                 f"uses opset {opset.version}, the installed onnx knows up to {newest}",
                 hint="update the onnx package",
             )
+
+
+def check_functions(model: onnx.ModelProto) -> None:
+    """Raise `ModelError` where a function calls itself: runtimes put its body in its own place."""
+    calls = {
+        (item.domain, item.name, item.overload): _called(item.node) for item in model.functions
+    }
+    done: set[_FunctionKey] = set()
+    for first in calls:
+        path: dict[_FunctionKey, Iterator[_FunctionKey]] = {first: iter(calls[first])}
+        while path:
+            last = next(reversed(path))
+            called = next(path[last], None)
+            if called is None:
+                done.add(last)
+                del path[last]
+            elif called in path:
+                raise ModelError(f"the function {called[1]!r} calls itself", hint=_EXPORT_AGAIN)
+            elif called in calls and called not in done:
+                path[called] = iter(calls[called])
+
+
+def _called(nodes: Iterable[onnx.NodeProto]) -> set[_FunctionKey]:
+    found: set[_FunctionKey] = set()
+    for node in nodes:
+        found.add((node.domain, node.op_type, node.overload))
+        for sub in _subgraphs(node):
+            found |= _called(sub.node)
+    return found
 
 
 def check_wiring(model: onnx.ModelProto) -> bool:

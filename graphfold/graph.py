@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from graphfold import constants, guard
+from graphfold import constants, guard, tensors
 
 if TYPE_CHECKING:
     from graphfold.model import Model
@@ -183,7 +183,10 @@ class Graph:
 
     def _find_out_constant(self, value: ir.Value) -> bool:
         if value.is_initializer():
-            return value.const_value is not None and not self.is_overridable(value)
+            tensor = value.const_value
+            if tensor is None or self.is_overridable(value):
+                return False
+            return not tensors.is_sparse(tensor) or tensor.size <= constants.LARGEST_FILL
         producer = value.producer()
         if producer is None or has_reference_attributes(producer):
             return False
@@ -191,7 +194,12 @@ class Graph:
             return True
         if not is_op(producer, *constants.TRANSPARENT):
             return False
-        return all(self.is_constant(source) for source in producer.inputs if source is not None)
+        sources = [source for source in producer.inputs if source is not None]
+        if not all(self.is_constant(source) for source in sources):
+            return False
+        if is_op(producer, "ConstantOfShape"):
+            return constants.can_be_filled(self.constant(sources[0]) if sources else None)
+        return True
 
     def _constant(self, value: ir.Value) -> NDArray[Any] | None:
         if not self.is_constant(value):

@@ -140,6 +140,7 @@ def _load_proto(proto: onnx.ModelProto, path: Path | None, *, check: bool) -> Mo
 
 def _read_proto(proto: onnx.ModelProto, path: Path | None, *, check: bool) -> Model:
     checks.check_header(proto)
+    checks.check_functions(proto)
     in_order = checks.check_wiring(proto)
     try:
         ir, header = reader.read(proto)

@@ -9,8 +9,10 @@ own would run, isolation included.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -188,16 +190,16 @@ def run_cases(seed: int, numbers: Iterable[int], *, with_shared: bool) -> Iterat
 def _import_everything() -> None:
     import onnxruntime
 
-    import graphfold.cli
-    import graphfold.optimizer
-    import graphfold.report
-    import graphfold.rewrite
-    import graphfold.verifier
+    import graphfold
     from graphfold import guard
+    from graphfold.rewrite import available_passes
 
+    available_passes()
+    for module in pkgutil.iter_modules(graphfold.__path__):
+        if module.name not in ("__main__", "graphsurgeon"):
+            importlib.import_module(f"graphfold.{module.name}")
     guard.RUN_SECONDS = float(os.environ.get(_RUN_SECONDS, guard.RUN_SECONDS))
     onnxruntime.get_available_providers()
-    graphfold.rewrite.available_passes()
 
 
 def main() -> int:
