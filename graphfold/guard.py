@@ -44,7 +44,10 @@ RUN_SECONDS_PER_BYTE = 1e-6
 RUN_BYTES = 1 << 30
 RUN_BYTES_PER_BYTE = 12
 
-_PAGE = struct.Struct("=d?64p")
+# When the step began (wall and processor time), its limit, whether to repeat, its name.
+_PAGE = struct.Struct("=ddd?64p")
+# Other processes may take the processor: a step that does not compute has so many times longer.
+_PATIENCE = 10
 _TICK_SECONDS = 0.1
 # A key press reaches the child twice: from the terminal, and handed on by the parent.
 SAME_SIGNAL_SECONDS = 0.3
@@ -67,12 +70,13 @@ class _Guard:
     avoided: dict[str, str] = field(default_factory=dict)
     can_repeat: bool = True
 
-    def tell(self, name: str, deadline: float) -> None:
-        self.page[: _PAGE.size] = _PAGE.pack(deadline, self.can_repeat, name.encode())
+    def tell(self, name: str, seconds: float) -> None:
+        times = time.monotonic(), time.process_time(), seconds
+        self.page[: _PAGE.size] = _PAGE.pack(*times, self.can_repeat, name.encode())
 
-    def told(self) -> tuple[float, bool, str]:
-        deadline, can_repeat, name = _PAGE.unpack(self.page[: _PAGE.size])
-        return deadline, can_repeat, name.decode()
+    def told(self) -> tuple[float, float, float, bool, str]:
+        *times, can_repeat, name = _PAGE.unpack(self.page[: _PAGE.size])
+        return (*times, can_repeat, name.decode())
 
 
 _guard: _Guard | None = None
@@ -94,13 +98,14 @@ def step(name: str, seconds: float | None = None) -> Iterator[None]:
 
     Args:
         name: CHECKER, INFERENCE, CONSTANTS, RUN or MEASURE.
-        seconds: after which the process is ended and the step left out, None for no limit.
+        seconds: of processor time, and of wall time, after which the process is ended and the step
+            left out; None for no limit.
     """
     if _guard is None:
         yield
         return
     before = _guard.page[: _PAGE.size]
-    _guard.tell(name, 0.0 if seconds is None else time.monotonic() + seconds)
+    _guard.tell(name, 0.0 if seconds is None else seconds)
     try:
         yield
     finally:
@@ -110,9 +115,9 @@ def step(name: str, seconds: float | None = None) -> Iterator[None]:
 def cannot_repeat() -> None:
     """Say that the command cannot start again: what it reads, or wrote, is gone."""
     if _guard is not None:
-        deadline, _, name = _guard.told()
+        *times, _, name = _guard.told()
         _guard.can_repeat = False
-        _guard.page[: _PAGE.size] = _PAGE.pack(deadline, False, name.encode())
+        _guard.page[: _PAGE.size] = _PAGE.pack(*times, False, name.encode())
 
 
 @contextlib.contextmanager
@@ -181,7 +186,7 @@ def contained(work: Callable[[], int], fail: Callable[[str], int]) -> int:
         name = signal.Signals(os.WTERMSIG(status)).name
         if name in ("SIGINT", "SIGTERM", "SIGHUP"):
             return INTERRUPTED
-        _, can_repeat, where = guard.told()
+        *_, can_repeat, where = guard.told()
         reason = _WHAT_ENDED_IT.get(name, f"was ended by {name}")
         if child.too_slow is not None:
             reason = f"took more than {child.too_slow:.0f} seconds"
@@ -202,7 +207,6 @@ class _Child:
         self.too_slow: float | None = None
         self._killed = False
         self._first_signal: float | None = None
-        self._step: tuple[float, float] | None = None
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 with contextlib.suppress(OSError):
@@ -243,17 +247,27 @@ class _Child:
 
     def _look(self, number: int, frame: object) -> None:
         del number, frame
-        deadline = self.guard.told()[0]
-        now = time.monotonic()
-        if self._step is None or self._step[0] != deadline:
-            self._step = deadline, deadline - now
-        if deadline and now > deadline and self.too_slow is None:
-            self.too_slow = max(self._step[1], _TICK_SECONDS)
+        began, processor, seconds, *_ = self.guard.told()
+        elapsed = time.monotonic() - began
+        if not seconds or elapsed <= seconds or self.too_slow is not None:
+            return
+        used = _processor_seconds(self.pid)
+        if used is None or used - processor > seconds or elapsed > _PATIENCE * seconds:
+            self.too_slow = seconds
             self._kill(signal.SIGKILL)
 
     def _kill(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
+
+
+def _processor_seconds(pid: int) -> float | None:
+    """What a process has used so far, of all its threads; None where that is not known."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _be_child(guard: _Guard, work: Callable[[], int], parent: int, mask: Any) -> None:

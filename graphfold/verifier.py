@@ -39,6 +39,7 @@ __all__ = ["FoldComparison", "OutputComparison", "Verification", "verify"]
 
 Progress = Callable[[str, int, int], None]
 
+_COMPARISON_FACTOR = 20
 _GIVE_SIZES = "; smaller sizes can be given as input shapes"
 
 # Fold tensors are compared on as many feeds as fit into this; outputs on all of them.
@@ -104,15 +105,15 @@ def verify(
         return job.refused(f"{reason}{_GIVE_SIZES}")
     is_limited = inputs is None and not input_shapes and not unlimited
     weights = weight_bytes(job.original)
-    with guard.step(guard.RUN, guard.run_seconds(weights) if is_limited else None):
-        if not is_limited:
+    if not is_limited:
+        return job.run(inputs, input_shapes, seed)
+    job.seconds = guard.run_seconds(weights)
+    try:
+        with guard.memory(guard.run_bytes(weights)):
             return job.run(inputs, input_shapes, seed)
-        try:
-            with guard.memory(guard.run_bytes(weights)):
-                return job.run(inputs, input_shapes, seed)
-        except (MemoryError, OutOfMemoryError):
-            megabytes = guard.run_bytes(weights) // 10**6
-            return job.refused(f"running the model takes more than {megabytes} MB{_GIVE_SIZES}")
+    except (MemoryError, OutOfMemoryError):
+        megabytes = guard.run_bytes(weights) // 10**6
+        return job.refused(f"running the model takes more than {megabytes} MB{_GIVE_SIZES}")
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:
@@ -135,6 +136,7 @@ class _Job:
     affines: Mapping[str, AffineConv]
     tolerance: float | None
     progress: Progress
+    seconds: float | None = None
     feeds: list[Arrays] = field(default_factory=list)
     described: str = ""
     random: bool = False
@@ -149,11 +151,16 @@ class _Job:
     ) -> Verification:
         started = time.perf_counter()
         try:
-            self._choose_inputs(inputs, input_shapes, seed)
+            with guard.step(guard.RUN, self.seconds):
+                self._choose_inputs(inputs, input_shapes, seed)
         except _CannotVerifyError as error:
             return self._result(started, passed=None, reason=str(error))
+        # What ran once runs again; a multiple only ends what never would.
+        spent = time.perf_counter() - started
+        limit = None if self.seconds is None else self.seconds + _COMPARISON_FACTOR * spent
         try:
-            return self._compare(started)
+            with guard.step(guard.RUN, limit):
+                return self._compare(started)
         except _SideError as error:
             return self._result(started, passed=False, reason=str(error))
 

@@ -153,14 +153,18 @@ def test_same_padding_of_an_unknown_size_behind_a_scaling():
 
 def test_a_weight_without_window():
     """onnxruntime loads such a model where it does not know the input's rank."""
-    build = ModelBuilder([1, 2, 8, 8])
-    value = build.op("Reshape", "x", "sizes", channels=2)
-    build.inputs.append(helper.make_tensor_value_info("sizes", TensorProto.INT64, ["K"]))
-    proto = build.model(build.conv(value, 2, 3))
-    weight = next(item for item in proto.graph.initializer if len(item.dims) == 4)
-    weight.CopyFrom(numpy_helper.from_array(np.ones(2, np.float32), weight.name))
-    found = graphfold.optimize(proto)
-    assert found.report.verification.passed is None
+    nodes = [
+        helper.make_node("Reshape", ["x", "sizes"], ["r"]),
+        helper.make_node("Conv", ["r", "w"], ["y"]),
+    ]
+    proto = small.build(
+        nodes,
+        {"x": [1, 2, 8, 8], "sizes": ["K"]},
+        {"y": TensorProto.FLOAT},
+        {"w": np.ones(2, np.float32)},
+        types={"sizes": TensorProto.INT64},
+    )
+    assert graphfold.optimize(proto).report.verification.passed is None
     assert graphfold.inspect(proto).to_json()["blocks"] == []
 
 

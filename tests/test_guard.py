@@ -100,7 +100,8 @@ def test_a_step_that_takes_too_long_is_ended_and_left_out() -> None:
         def work():
             if guard.avoided(guard.RUN) is None:
                 with guard.step(guard.RUN, 0.3):
-                    time.sleep(50)
+                    while True:
+                        pass
             print(guard.avoided(guard.RUN))
             return 0
         sys.exit(guard.contained(work, fail))
@@ -111,13 +112,29 @@ def test_a_step_that_takes_too_long_is_ended_and_left_out() -> None:
     assert time.monotonic() - started < 20
 
 
+def test_a_step_that_waits_for_ever_is_ended_too() -> None:
+    done = run(
+        """
+        def work():
+            if guard.avoided(guard.RUN) is None:
+                with guard.step(guard.RUN, 0.2):
+                    time.sleep(50)
+            return 6
+        sys.exit(guard.contained(work, fail))
+        """
+    )
+    assert done.returncode == 6
+
+
 def test_time_outside_a_step_is_not_limited() -> None:
     done = run(
         """
         def work():
             with guard.step(guard.RUN, 0.2):
                 pass
-            time.sleep(0.6)
+            until = time.process_time() + 0.6
+            while time.process_time() < until:
+                pass
             return 5
         sys.exit(guard.contained(work, fail))
         """

@@ -30,7 +30,7 @@ from fuzz.mutate import Case, make_case
 # Starting Python and importing everything comes on top where a command is a process of its own,
 # twice where a step is left out: ten seconds in all.
 SECONDS = 8.5
-PATIENCE = 30.0
+PATIENCE = 90.0
 BYTES = 2 << 30
 _RUN_SECONDS = "FUZZ_RUN_SECONDS"
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|\([^()]*\)|\[[^\[\]]*\]")
@@ -72,7 +72,7 @@ def run_case(case: Case, folder: Path) -> Outcome:
         kind, failure = "hang", "hang"
     elif stray:
         failure = f"stray file: {sorted(stray)[0]}"
-    elif seconds > SECONDS:
+    elif usage.ru_utime + usage.ru_stime > SECONDS:
         failure = f"slow: {kind}"
     elif usage.ru_maxrss * 1024 > BYTES:
         failure = f"memory: {kind}"
