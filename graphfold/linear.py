@@ -85,6 +85,8 @@ def _conv(node: ir.Node, context: Context) -> LinearOperator:
     weight_shape = constant_shape(graph, weight_value)
     axes = conv_axes(node, weight_shape[2:], context.sizes)
     groups = attribute(node, "group", 1)
+    if groups < 1 or weight_shape[0] % groups or weight_shape[1] < 1:
+        raise NotExactError(f"{node_label(node)!r} has {groups} groups, which its weights have not")
     bias = _optional_vector(node, 2, graph, weight_shape[0])
     geometry = Geometry(
         axes, weight_shape[1] * groups, weight_shape[0], groups, biased=bool(np.any(bias))

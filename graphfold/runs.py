@@ -17,7 +17,7 @@ import onnx_ir as ir
 from graphfold.emit import choose_repair, repair_cost
 from graphfold.errors import NotExactError
 from graphfold.geometry import Geometry
-from graphfold.graph import is_op, node_label, only_consumer
+from graphfold.graph import attribute, is_op, node_label, only_consumer
 from graphfold.linear import (
     FLOAT_TYPES,
     PER_CHANNEL,
@@ -166,7 +166,7 @@ def _chain_from(work: Work, conv: ir.Node) -> Chain | None:
     if graph.dtype(conv.inputs[1]) not in FLOAT_TYPES:
         return None
     rank = len(weight) - 2
-    groups = conv.attributes["group"].as_int() if "group" in conv.attributes else 1
+    groups = attribute(conv, "group", 1)
     channels = (weight[1] if isinstance(weight[1], int) else 0) * groups
     first = _first_before(work, conv)
     sources = variable_inputs(graph, first)
