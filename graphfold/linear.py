@@ -30,6 +30,7 @@ FLOAT_TYPES = frozenset(
     {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 )
 DEFAULT_EPSILON = 1e-5
+_OVERFLOWING = 1e30
 # Operators that fold into the convolution before them where their constants are per channel.
 PER_CHANNEL = ("BatchNormalization", "Add", "Sub", "Mul", "Div")
 
@@ -351,7 +352,18 @@ def _known_scale(factor: float, part: AffineConv) -> AffineConv:
 def _per_channel(
     scale: NDArray[np.float64], shift: NDArray[np.float64], context: Context
 ) -> LinearOperator:
+    _require_finite(scale)
+    _require_finite(shift)
     return _known(scale_shift(scale, shift, context.rank))
+
+
+def _require_finite(values: NDArray[np.float64]) -> None:
+    """Raise `NotExactError` for constants with which a network overflows, merged or not.
+
+    Where it does depends on the order of operations, which a merge changes.
+    """
+    if not np.all(np.abs(values) < _OVERFLOWING):
+        raise NotExactError("its constants are not finite, or so large that results overflow")
 
 
 def _known(affine: AffineConv) -> LinearOperator:
@@ -386,7 +398,9 @@ def _vector(node: ir.Node, index: int, graph: Graph, channels: int) -> NDArray[n
 def _optional_vector(node: ir.Node, index: int, graph: Graph, channels: int) -> NDArray[np.float64]:
     if len(node.inputs) <= index or node.inputs[index] is None:
         return np.zeros(channels)
-    return _vector(node, index, graph, channels)
+    vector = _vector(node, index, graph, channels)
+    _require_finite(vector)
+    return vector
 
 
 def _constant_index(node: ir.Node, context: Context) -> int:

@@ -19,8 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 import graphfold
 from graphfold.check import blaming
 from graphfold.constants import LARGEST_FILL, can_be_filled
-from graphfold.errors import ModelError, UsageError
+from graphfold.errors import ModelError, NotExactError, UsageError
 from graphfold.graph import Graph
+from graphfold.linear import Context, linear_operator
 from graphfold.model import load
 from graphfold.sites import find_sites
 
@@ -151,6 +152,18 @@ def test_a_convolution_whose_weight_is_what_is_normalised():
     value = build.op("Conv", image, weight, channels=1, kernel_shape=[3, 3])
     found = graphfold.optimize(build.model(build.norm(value, channels=1)))
     assert found.report.verification.passed
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3e38])
+def test_constants_that_overflow_are_not_merged(value):
+    build = ModelBuilder([1, 2, 4, 4])
+    factors = small.weight(1, 2, 1, 1)
+    factors[0, 0] = value
+    proto = build.model(build.op("Mul", build.conv("x", 2), build.constant(factors), channels=2))
+    assert len(fold(proto)[0].graph.node) == 2
+    graph = Graph(load(proto))
+    with pytest.raises(NotExactError, match="results overflow"):
+        linear_operator(graph.nodes()[1], Context(graph, 2, 2, (4, 4)))
 
 
 def test_same_padding_of_an_unknown_size_behind_a_scaling():
