@@ -410,7 +410,7 @@ def infer_shapes(model: Model) -> dict[str, TensorShape]:
     inferred = proto
     if guard.avoided(guard.INFERENCE) is None:
         # onnx raises several kinds of errors; declared shapes remain.
-        with contextlib.suppress(Exception), guard.step(guard.INFERENCE):
+        with contextlib.suppress(Exception), guard.inference(len(proto.graph.node)):
             inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     for info in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
         if info.type.WhichOneof("value") == "tensor_type" and info.type.tensor_type.HasField(

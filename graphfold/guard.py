@@ -42,6 +42,8 @@ INTERRUPTED = 130
 RUN_SECONDS = 6.0
 RUN_SECONDS_PER_BYTE = 1e-6
 RUN_BYTES = 1 << 30
+INFERENCE_SECONDS_PER_NODE = 0.01
+INFERENCE_BYTES = 1 << 29
 RUN_BYTES_PER_BYTE = 12
 
 # When the step began (wall and processor time), its limit, whether to repeat, its name.
@@ -149,6 +151,13 @@ def _data_bytes() -> int | None:
     except (OSError, IndexError, ValueError):
         return None
     return pages * mmap.PAGESIZE
+
+
+@contextlib.contextmanager
+def inference(nodes: int) -> Iterator[None]:
+    """A step of onnx's shape inference, which may fill the memory with an absurd shape."""
+    with step(INFERENCE, RUN_SECONDS + INFERENCE_SECONDS_PER_NODE * nodes), memory(INFERENCE_BYTES):
+        yield
 
 
 def run_seconds(weights: int) -> float:

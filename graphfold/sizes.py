@@ -102,7 +102,7 @@ def _infer(graph: Graph, fixed: Mapping[str, TensorShape]) -> Mapping[str, Tenso
     if guard.avoided(guard.INFERENCE) is not None:
         return graph.shapes
     try:
-        with guard.step(guard.INFERENCE):
+        with guard.inference(len(proto.graph.node)):
             inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     except Exception:  # noqa: BLE001 - onnx raises RuntimeError and its own InferenceError alike
         return graph.shapes
