@@ -97,24 +97,27 @@ def inspect(model: Any, *, input_shapes: Mapping[str, Sequence[int]] | None = No
     Raises:
         ModelError, UsageError: bad input.
     """
+    from graphfold.check import blaming
     from graphfold.graph import Graph
     from graphfold.inspection import build_inspection
+    from graphfold.model import to_proto
     from graphfold.optimizer import load_any
     from graphfold.rewrite import Work, select_passes
     from graphfold.scopes import fold_everywhere
 
     loaded = load_any(model)
-    graph = Graph(loaded)
-    trial = Graph(loaded.clone(), dict(graph.shapes))
-    statistics = fold_everywhere(select_passes(), Work(trial))
-    return build_inspection(
-        graph,
-        model=None if loaded.path is None else str(loaded.path),
-        input_shapes=input_shapes,
-        folded=trial,
-        folds=[fold for each in statistics for fold in each.folds],
-        skipped=[skip for each in statistics for skip in each.skipped],
-    )
+    with blaming(lambda: to_proto(loaded)):
+        graph = Graph(loaded)
+        trial = Graph(loaded.clone(), dict(graph.shapes))
+        statistics = fold_everywhere(select_passes(), Work(trial))
+        return build_inspection(
+            graph,
+            model=None if loaded.path is None else str(loaded.path),
+            input_shapes=input_shapes,
+            folded=trial,
+            folds=[fold for each in statistics for fold in each.folds],
+            skipped=[skip for each in statistics for skip in each.skipped],
+        )
 
 
 def verify(

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir
 
-from graphfold.errors import ModelError
+from graphfold import guard
+from graphfold.errors import GraphfoldError, ModelError
 from graphfold.tensors import payload_bytes
 
 _LONG_NAME = "ai.onnx"
 _UNKNOWN_DOMAIN = "graphfold.unknown"
 _Opsets = Any  # a repeated field of OperatorSetIdProto, whose class is protobuf's own
+_FunctionKey = tuple[str, str, str]
 _EXPORT_AGAIN = "export the model again"
 # Top-level fields of a ModelProto: number -> wire type (0 varint, 2 length-delimited).
 _MODEL_FIELDS = {
@@ -91,6 +94,35 @@ def check_header(model: onnx.ModelProto) -> None:
             )
 
 
+def check_functions(model: onnx.ModelProto) -> None:
+    """Raise `ModelError` where a function calls itself: runtimes put its body in its own place."""
+    calls = {
+        (item.domain, item.name, item.overload): _called(item.node) for item in model.functions
+    }
+    done: set[_FunctionKey] = set()
+    for first in calls:
+        path: dict[_FunctionKey, Iterator[_FunctionKey]] = {first: iter(calls[first])}
+        while path:
+            last = next(reversed(path))
+            called = next(path[last], None)
+            if called is None:
+                done.add(last)
+                del path[last]
+            elif called in path:
+                raise ModelError(f"the function {called[1]!r} calls itself", hint=_EXPORT_AGAIN)
+            elif called in calls and called not in done:
+                path[called] = iter(calls[called])
+
+
+def _called(nodes: Iterable[onnx.NodeProto]) -> set[_FunctionKey]:
+    found: set[_FunctionKey] = set()
+    for node in nodes:
+        found.add((node.domain, node.op_type, node.overload))
+        for sub in _subgraphs(node):
+            found |= _called(sub.node)
+    return found
+
+
 def check_wiring(model: onnx.ModelProto) -> bool:
     """Check that every tensor is defined once and every tensor that is read is defined.
 
@@ -139,7 +171,7 @@ def _defined(ready: Iterable[str], nodes: Iterable[onnx.NodeProto]) -> set[str]:
             if name and name in found:
                 raise ModelError(f"the tensor {name!r} is defined twice", hint=_EXPORT_AGAIN)
             found.add(name)
-    return found
+    return found - {""}
 
 
 def _check_nodes(
@@ -203,8 +235,55 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         yield from attribute.graphs
 
 
+@contextlib.contextmanager
+def blaming(model: Callable[[], onnx.ModelProto]) -> Iterator[None]:
+    """Where onnx or onnxruntime find a model invalid, an error nobody foresaw is the model's.
+
+    Args:
+        model: gives the model that the block works on; called after such an error only.
+
+    Raises:
+        ModelError: what is wrong with the model. Where nothing is, the error itself.
+    """
+    try:
+        yield
+    except (GraphfoldError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        found = _why_invalid(model())
+        if found is None:
+            raise
+        raise ModelError(f"is not a valid model: {found}", hint=_EXPORT_AGAIN) from error
+
+
+def _why_invalid(proto: onnx.ModelProto) -> str | None:
+    """What onnx's checker, its strict shape inference or onnxruntime object to first."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        with guard.step(guard.CHECKER):
+            onnx.checker.check_model(proto)
+            onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+            data = proto.SerializeToString()
+            onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - all three raise many types
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return lines[0].strip()
+    return None
+
+
 def check_tensor(tensor: onnx_ir.TensorProtocol) -> None:
     """Raise `ModelError` unless the tensor's data has the size that its type and shape ask for."""
+    if tensor.dtype == onnx_ir.DataType.UNDEFINED:
+        raise ModelError(f"the tensor {tensor.name!r} has no element type", hint=_EXPORT_AGAIN)
+    if any(size < 0 for size in tensor.shape.numpy()):
+        raise ModelError(
+            f"the tensor {tensor.name!r} has the shape {list(tensor.shape.numpy())}",
+            hint=_EXPORT_AGAIN,
+        )
     if isinstance(tensor, onnx_ir.ExternalTensor):
         _check_external(tensor)
     elif isinstance(tensor, onnx_ir.serde.TensorProtoTensor):
@@ -231,7 +310,7 @@ def _check_inline(tensor: onnx_ir.serde.TensorProtoTensor) -> None:
 def _check_external(tensor: onnx_ir.ExternalTensor) -> None:
     location = os.fspath(tensor.location)
     name = tensor.name
-    if not location:
+    if not location or "\0" in location:
         raise ModelError(f"the tensor {name!r} names no data file", hint=_EXPORT_AGAIN)
     folder = Path(tensor.base_dir)
     path = _inside(folder, location, name)
@@ -295,7 +374,8 @@ def check_operators(model: onnx.ModelProto) -> None:
     if model.ir_version < 3:
         return  # has no operator sets to check against
     try:
-        onnx.checker.check_model(model)
+        with guard.step(guard.CHECKER):
+            onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         line = str(error).strip().splitlines()[0].strip()
         raise ModelError(f"is not a valid model: {line}", hint=_EXPORT_AGAIN) from None

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from graphfold import guard
 from graphfold.graph import (
     DEFAULT_DOMAINS,
     Graph,
@@ -113,7 +114,7 @@ def element_type(graph: Graph, value: ir.Value | None) -> ir.DataType | None:
     for _ in range(_FURTHEST):
         if value is None:
             return None
-        if value.dtype is not None:
+        if value.dtype not in (None, ir.DataType.UNDEFINED):
             return value.dtype
         if value.const_value is not None:
             return value.const_value.dtype
@@ -141,6 +142,8 @@ def evaluate(
 
     from graphfold.runtime import RunError, Runnable, Session
 
+    if guard.avoided(guard.CONSTANTS) is not None:
+        return None
     types = [data.dtype for data in inputs if data is not None]
     if is_op(node, "Cast"):
         types.append(np.dtype(ir.DataType(attribute(node, "to")).numpy()))
@@ -163,7 +166,7 @@ def evaluate(
     opsets = [onnx.helper.make_opsetid("", graph.opset)]
     model = onnx.helper.make_model(body, opset_imports=opsets, ir_version=_IR_VERSION)
     try:
-        with Runnable(model.SerializeToString()) as runnable:
+        with guard.step(guard.CONSTANTS), Runnable(model.SerializeToString()) as runnable:
             results = Session(runnable, optimize=False, threads=1).run({})
     except RunError:
         return None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphfold import __version__
+from graphfold import __version__, guard
 from graphfold.errors import GraphfoldError, ModelError, UsageError
 from graphfold.options import (
     DataOption,
@@ -477,11 +477,20 @@ def _terminal(as_json: bool, quiet: bool, *, tables_to_stderr: bool = False) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    argv = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command line and return its exit code.
+
+    As a process of its own (no arguments), the command is isolated: see `graphfold.guard`.
+    """
+    if arguments is not None:
+        return _run(list(arguments))
+    argv = sys.argv[1:]
+    return guard.contained(lambda: _run(argv), lambda text: _fail(ModelError(text), argv))
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
         with interruptible():
-            code = app(args=argv, prog_name="graphfold", standalone_mode=False)
+            code = app(args=list(argv), prog_name="graphfold", standalone_mode=False)
             sys.stdout.flush()
     except KeyboardInterrupt:
         print("graphfold: interrupted", file=sys.stderr)

@@ -7,6 +7,7 @@ is left to a constant folder.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,17 @@ TRANSPARENT = frozenset(
     {"Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"}
     | {"ConstantOfShape"}
 )
+
+
+# A constant that a model spells in a few bytes must not fill the memory: VGG's largest has 1e8.
+LARGEST_FILL = 1 << 27
+
+
+def can_be_filled(sizes: Array | None) -> bool:
+    """Whether these are sizes, of a tensor that is not absurdly large for one without data."""
+    if sizes is None or sizes.ndim != 1 or np.any(sizes < 0):
+        return False
+    return bool(math.prod(sizes.tolist()) <= LARGEST_FILL)
 
 
 def evaluate(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
@@ -43,6 +55,8 @@ def evaluate(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
     if node.op_type == "ConstantOfShape":
         fill = _attribute(node, "value")
         value = np.zeros(1, np.float32) if fill is None else fill.numpy()
+        if not can_be_filled(data):
+            return None
         return np.full(tuple(int(size) for size in data), value.reshape(-1)[0], value.dtype)
     return _change_axes(node, data, second)
 

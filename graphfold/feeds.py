@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ from numpy.typing import NDArray
 
 from graphfold import specs
 from graphfold.comparison import is_float
-from graphfold.runtime import RunError, Session
+from graphfold.runtime import OutOfMemoryError, RunError, Session
 from graphfold.specs import Arrays, Shapes
+
+_LARGEST_INPUTS = 1 << 27
 
 
 def first_that_runs(
@@ -27,8 +30,8 @@ def first_that_runs(
     for size, shapes in specs.candidate_shapes(session.inputs, given, batch):
         for filling in specs.fillings(session.inputs, size):
             rng = np.random.default_rng(seed)
-            feed = specs.random_inputs(session.inputs, shapes, filling, rng)
             try:
+                feed = _random_inputs(session, shapes, filling, rng)
                 outputs = session.run(feed)
             except RunError as error:
                 last = error.what
@@ -40,6 +43,16 @@ def first_that_runs(
     if fallback is not None:
         return fallback
     raise RunError(f"the input model runs at none of the sizes tried ({'; '.join(tried)}): {last}")
+
+
+def _random_inputs(
+    session: Session, shapes: Shapes, filling: specs.Filling, rng: np.random.Generator
+) -> Arrays:
+    """Random inputs, unless they alone would fill the memory."""
+    count = sum(math.prod(shape) for shape in shapes.values())
+    if count > _LARGEST_INPUTS:
+        raise OutOfMemoryError(f"its inputs have {count} values")
+    return specs.random_inputs(session.inputs, shapes, filling, rng)
 
 
 def says_something(outputs: Arrays) -> bool:
@@ -64,8 +77,8 @@ def second_feed(
         )
         attempts.insert(0, other)
     for shapes in attempts:
-        feed = specs.random_inputs(session.inputs, shapes, filling, rng)
         try:
+            feed = _random_inputs(session, shapes, filling, rng)
             if says_something(session.run(feed)):
                 return feed
         except RunError:

@@ -6,6 +6,7 @@ more than once.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from graphfold import constants, spill
+from graphfold import constants, guard, spill, tensors
 
 if TYPE_CHECKING:
     import onnx
@@ -181,7 +182,7 @@ class Graph:
         return found
 
     def _own_dtype(self, value: ir.Value) -> ir.DataType | None:
-        if value.dtype is not None:
+        if value.dtype not in (None, ir.DataType.UNDEFINED):
             return value.dtype
         if value.const_value is not None:
             return value.const_value.dtype
@@ -220,7 +221,10 @@ class Graph:
 
     def _find_out_constant(self, value: ir.Value) -> bool:
         if value.is_initializer():
-            return value.const_value is not None and not self.is_overridable(value)
+            tensor = value.const_value
+            if tensor is None or self.is_overridable(value):
+                return False
+            return not tensors.is_sparse(tensor) or tensor.size <= constants.LARGEST_FILL
         producer = value.producer()
         if producer is None or has_reference_attributes(producer):
             return False
@@ -228,7 +232,12 @@ class Graph:
             return True
         if not is_op(producer, *constants.TRANSPARENT):
             return False
-        return all(self.is_constant(source) for source in producer.inputs if source is not None)
+        sources = [source for source in producer.inputs if source is not None]
+        if not all(self.is_constant(source) for source in sources):
+            return False
+        if is_op(producer, "ConstantOfShape"):
+            return constants.can_be_filled(self.constant(sources[0]) if sources else None)
+        return True
 
     def _constant(self, value: ir.Value) -> NDArray[Any] | None:
         if not self.is_constant(value):
@@ -479,10 +488,11 @@ def _inferred(model: Model, proto: onnx.ModelProto) -> dict[str, TensorShape]:
     from graphfold.check import shorten_default_domain
 
     shorten_default_domain(proto)
-    try:
-        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    except Exception:  # noqa: BLE001 - onnx raises several kinds; declared shapes remain
-        inferred = proto
+    inferred = proto
+    if guard.avoided(guard.INFERENCE) is None:
+        # onnx raises several kinds of errors; declared shapes remain.
+        with contextlib.suppress(Exception), guard.inference(len(proto.graph.node)):
+            inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     _keep_subgraph_shapes(inferred.graph, model.ir.graph)
     return _proto_shapes(inferred.graph)
 

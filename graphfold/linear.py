@@ -30,6 +30,7 @@ FLOAT_TYPES = frozenset(
     {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 )
 DEFAULT_EPSILON = 1e-5
+_OVERFLOWING = 1e30
 # Operators that fold into the convolution before them where their constants are per channel.
 PER_CHANNEL = ("BatchNormalization", "Add", "Sub", "Mul", "Div")
 
@@ -85,6 +86,8 @@ def _conv(node: ir.Node, context: Context) -> LinearOperator:
     weight_shape = constant_shape(graph, weight_value)
     axes = conv_axes(node, weight_shape[2:], context.sizes)
     groups = attribute(node, "group", 1)
+    if groups < 1 or weight_shape[0] % groups or weight_shape[1] < 1:
+        raise NotExactError(f"{node_label(node)!r} has {groups} groups, which its weights have not")
     bias = _optional_vector(node, 2, graph, weight_shape[0])
     geometry = Geometry(
         axes, weight_shape[1] * groups, weight_shape[0], groups, biased=bool(np.any(bias))
@@ -109,6 +112,9 @@ def conv_axes(
     dilations = attribute(node, "dilations") or [1] * rank
     pads = attribute(node, "pads") or [0] * (2 * rank)
     auto_pad = attribute(node, "auto_pad", "NOTSET")
+    counts = (len(strides), len(dilations), len(pads))
+    if counts != (rank, rank, 2 * rank) or min(*kernel, *strides, *dilations) < 1:
+        raise NotExactError(f"the window of {node_label(node)!r} is not one of {rank} axes")
     axes = []
     for number in range(rank):
         axis = Axis(kernel[number], strides[number], dilations[number])
@@ -346,7 +352,18 @@ def _known_scale(factor: float, part: AffineConv) -> AffineConv:
 def _per_channel(
     scale: NDArray[np.float64], shift: NDArray[np.float64], context: Context
 ) -> LinearOperator:
+    _require_finite(scale)
+    _require_finite(shift)
     return _known(scale_shift(scale, shift, context.rank))
+
+
+def _require_finite(values: NDArray[np.float64]) -> None:
+    """Raise `NotExactError` for constants with which a network overflows, merged or not.
+
+    Where it does depends on the order of operations, which a merge changes.
+    """
+    if not np.all(np.abs(values) < _OVERFLOWING):
+        raise NotExactError("its constants are not finite, or so large that results overflow")
 
 
 def _known(affine: AffineConv) -> LinearOperator:
@@ -381,7 +398,9 @@ def _vector(node: ir.Node, index: int, graph: Graph, channels: int) -> NDArray[n
 def _optional_vector(node: ir.Node, index: int, graph: Graph, channels: int) -> NDArray[np.float64]:
     if len(node.inputs) <= index or node.inputs[index] is None:
         return np.zeros(channels)
-    return _vector(node, index, graph, channels)
+    vector = _vector(node, index, graph, channels)
+    _require_finite(vector)
+    return vector
 
 
 def _constant_index(node: ir.Node, context: Context) -> int:

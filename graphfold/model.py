@@ -142,11 +142,17 @@ def _parse(data: bytes) -> onnx.ModelProto:
 
 def _load_proto(proto: onnx.ModelProto, path: Path | None, *, check: bool) -> Model:
     """Make a model of a proto that belongs to it."""
+    with checks.blaming(lambda: proto):
+        return _read_proto(proto, path, check=check)
+
+
+def _read_proto(proto: onnx.ModelProto, path: Path | None, *, check: bool) -> Model:
     checks.check_header(proto)
+    checks.check_functions(proto)
     in_order = checks.check_wiring(proto)
     try:
         ir, header = reader.read(proto)
-    except onnx_ir.serde.SerdeError as error:
+    except (onnx_ir.serde.SerdeError, UnicodeError) as error:
         raise ModelError(f"cannot be understood: {_root_cause(error)}") from error
     if not in_order:
         _sort(ir)

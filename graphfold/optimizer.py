@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphfold import __version__
+from graphfold.check import blaming
 from graphfold.errors import PlanError, UsageError, VerificationError
 from graphfold.graph import Graph
 from graphfold.model import Model, compare_interfaces, load, to_proto
@@ -120,6 +121,42 @@ def optimize_model(
     """Apply a plan to a loaded model, fold, verify; see `graphfold.optimize`."""
     if require_verify and not verify:
         raise UsageError("verify=False contradicts require_verify")
+    with blaming(lambda: to_proto(source)):
+        return _optimize(
+            source,
+            plan,
+            passes=passes,
+            skip_passes=skip_passes,
+            allow_other_model=allow_other_model,
+            allow_growth=allow_growth,
+            border_repair=border_repair,
+            input_shapes=input_shapes,
+            inputs=inputs,
+            tolerance=tolerance,
+            verify=verify,
+            require_verify=require_verify,
+            strip_metadata=strip_metadata,
+            progress=progress,
+        )
+
+
+def _optimize(
+    source: Model,
+    plan: PlanSource | None,
+    *,
+    passes: Sequence[str] | None,
+    skip_passes: Sequence[str],
+    allow_other_model: bool,
+    allow_growth: bool,
+    border_repair: str | None,
+    input_shapes: Mapping[str, Sequence[int]] | None,
+    inputs: Iterable[Mapping[str, NDArray[Any]]] | None,
+    tolerance: float | None,
+    verify: bool,
+    require_verify: bool,
+    strip_metadata: bool,
+    progress: Progress | None,
+) -> Result:
     clock = _Clock()
     chosen = select_passes(passes, skip_passes)
     parsed = None if plan is None else read_plan(plan)
@@ -141,7 +178,15 @@ def optimize_model(
     if verify:
         with clock.stage("verify", progress):
             verification = _verify(
-                source, reference, work, statistics, inputs, input_shapes, tolerance, progress
+                source,
+                reference,
+                work,
+                statistics,
+                inputs=inputs,
+                input_shapes=input_shapes,
+                tolerance=tolerance,
+                progress=progress,
+                unlimited=require_verify,
             )
         _refuse_failure(verification, require_verify)
 
@@ -220,10 +265,7 @@ def _verify(
     reference: Reference,
     work: Work,
     statistics: Sequence[PassStatistics],
-    inputs: Iterable[Mapping[str, NDArray[Any]]] | None,
-    input_shapes: Mapping[str, Sequence[int]] | None,
-    tolerance: float | None,
-    progress: Progress | None,
+    **options: Any,
 ) -> Verification:
     from graphfold.verifier import verify as compare
 
@@ -238,12 +280,9 @@ def _verify(
         reference.model,
         folded,
         folds=[fold for fold in _ordered_folds(folded, statistics) if fold.scope is None],
-        inputs=inputs,
-        input_shapes=input_shapes,
         original=source,
         affines=work.affines,
-        tolerance=tolerance,
-        progress=progress,
+        **options,
     )
 
 

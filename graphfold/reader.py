@@ -9,6 +9,7 @@ the object they belong to, in its `meta` store, which `onnx_ir.Model.clone` carr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,6 +52,8 @@ _NUMBERS = frozenset(
     | {onnx_ir.AttributeType.FLOAT, onnx_ir.AttributeType.FLOATS}
 )
 _TEXTS = frozenset({onnx_ir.AttributeType.STRING, onnx_ir.AttributeType.STRINGS})
+# What onnx-ir notices is told in this program's own words, or not at all.
+logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 
 
 def read(original: onnx.ModelProto) -> tuple[onnx_ir.Model, Header]:

@@ -181,6 +181,8 @@ def _walk(
         if len(sources) != 1:
             raise NotExactError(_why_not_single_input(node, sources))
         source = sources[0]
+        if source not in known:
+            raise NotExactError(f"{node_label(node)!r} does not read {region.entry.name!r}")
         part = build(linear_operator(node, Context(graph, rank, *known[source])))
         known[output] = _known_after(part, known[source][1])
         if source not in values:

@@ -292,16 +292,25 @@ def provenance(nodes: Iterable[ir.Node], pass_name: str) -> dict[str, str]:
     replaced: dict[str, None] = {}
     for node in nodes:
         earlier = node.metadata_props.get(f"{METADATA_PREFIX}replaces")
-        replaced.update(dict.fromkeys(json.loads(earlier) if earlier else [node_label(node)]))
+        replaced.update(dict.fromkeys(_labels(earlier) or [node_label(node)]))
     return {
         f"{METADATA_PREFIX}replaces": json.dumps(list(replaced)),
         f"{METADATA_PREFIX}pass": pass_name,
     }
 
 
+def _labels(text: str | None) -> list[str]:
+    """The labels in metadata that `provenance` wrote; none in what somebody else wrote there."""
+    try:
+        found = json.loads(text or "[]")
+    except (ValueError, RecursionError):
+        return []
+    return found if isinstance(found, list) and all(isinstance(x, str) for x in found) else []
+
+
 def replaced_labels(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """The labels that `provenance` wrote."""
-    return tuple(json.loads(metadata[f"{METADATA_PREFIX}replaces"]))
+    return tuple(_labels(metadata.get(f"{METADATA_PREFIX}replaces")))
 
 
 _RECORDED = (

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from graphfold.emit import choose_repair, repair_cost
 from graphfold.errors import NotExactError
 from graphfold.geometry import Geometry
-from graphfold.graph import is_op, node_label, only_consumer
+from graphfold.graph import attribute, is_op, node_label, only_consumer
 from graphfold.linear import (
     FLOAT_TYPES,
     OPERATORS,
@@ -187,15 +187,18 @@ def _chain_from(work: Work, conv: ir.Node) -> Chain | None:
     """The chain around a convolution; what leads to it keeps the number of channels."""
     graph = work.graph
     weight = graph.shape(conv.inputs[1])
-    if weight is None or conv.inputs[1] is None or not graph.is_constant(conv.inputs[1]):
+    if conv.inputs[1] is None or weight is None or len(weight) < 3:
+        return None
+    if not graph.is_constant(conv.inputs[1]):
         return None
     if graph.dtype(conv.inputs[1]) not in FLOAT_TYPES:
         return None
     first = _first_before(work, conv)
     rank = len(weight) - 2
-    groups = conv.attributes["group"].as_int() if "group" in conv.attributes else 1
+    groups = attribute(conv, "group", 1)
     channels = (weight[1] if isinstance(weight[1], int) else 0) * groups
-    sizes = graph.sizes(variable_inputs(graph, first)[0]) or (None,) * rank
+    sources = variable_inputs(graph, first)
+    sizes = graph.sizes(sources[0] if sources else None) or (None,) * rank
     nominal = tuple(NOMINAL_SIZE if size is None else size for size in sizes)
     links: list[Link] = []
     node: ir.Node | None = first
@@ -218,7 +221,7 @@ def _chain_from(work: Work, conv: ir.Node) -> Chain | None:
         )
         nominal = geometry.output_sizes(nominal)
         node = only_consumer(node.outputs[0])
-    return Chain(tuple(links)) if links else None
+    return Chain(tuple(links)) if any(link.is_conv for link in links) else None
 
 
 def best_split(work: Work, chain: Chain) -> Split:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from graphfold import guard
 from graphfold.errors import ModelError, UsageError
 from graphfold.specs import Arrays, InputSpec
 
@@ -34,6 +35,17 @@ _SILENT = 4
 
 class RunError(ModelError):
     """onnxruntime cannot load or run a model."""
+
+
+class OutOfMemoryError(RunError):
+    """onnxruntime was not given the memory that it asked for."""
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError) or any(
+        phrase in text for phrase in ("allocate memory", "bad_alloc", "bad allocation")
+    )
 
 
 class Runnable:
@@ -63,7 +75,7 @@ class Runnable:
 
         from graphfold.model import save
 
-        self._folder = tempfile.TemporaryDirectory(prefix="graphfold-")
+        self._folder = tempfile.TemporaryDirectory(prefix=guard.temporary_prefix())
         path = Path(self._folder.name) / "model.onnx"
         save(model, path, external_data="always")
         self.proto = onnx.load(path, load_external_data=False)
@@ -150,7 +162,8 @@ class Session:
         try:
             results = self._session.run(self._outputs, values)
         except Exception as error:  # noqa: BLE001 - onnxruntime raises many types
-            raise RunError(f"onnxruntime cannot run it: {one_line(error)}") from None
+            kind = OutOfMemoryError if _is_lack_of_memory(error) else RunError
+            raise kind(f"onnxruntime cannot run it: {one_line(error)}") from None
         found: Arrays = {}
         for name, result in zip(self.outputs, results, strict=True):
             found.update(_flatten(name, result))
@@ -201,7 +214,8 @@ def _open(runnable: Runnable, proto: onnx.ModelProto | None, options: Any, provi
             runnable.source(proto), sess_options=options, providers=[provider]
         )
     except Exception as error:  # noqa: BLE001 - onnxruntime raises many types
-        raise RunError(f"onnxruntime cannot load it: {one_line(error)}") from None
+        kind = OutOfMemoryError if _is_lack_of_memory(error) else RunError
+        raise kind(f"onnxruntime cannot load it: {one_line(error)}") from None
 
 
 def one_line(error: BaseException) -> str:

@@ -138,9 +138,16 @@ def find_sites(graph: Graph) -> Sites:
     convs = tuple(
         _conv_site(graph, node, owned)
         for node in graph.ir
-        if is_op(node, "Conv") and graph.is_constant(node.inputs[1])
+        if is_op(node, "Conv") and _has_kernel(graph, node.inputs[1])
     )
     return Sites(tuple(activations), gates, convs, order)
+
+
+def _has_kernel(graph: Graph, weight: ir.Value | None) -> bool:
+    shape = graph.shape(weight)
+    if shape is None or len(shape) < 3 or not all(isinstance(size, int) for size in shape):
+        return False
+    return graph.is_constant(weight)
 
 
 # --- activations ------------------------------------------------------------------------------

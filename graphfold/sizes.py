@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from graphfold import guard
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -32,7 +34,7 @@ def resolved_shapes(
         shapes = _infer(graph, fixed)
     is_fixed = len(fixed) == len(declared) and all(map(_is_known, fixed.values()))
     if is_fixed and not all(_is_known(shapes.get(name)) for name in _computed(graph)):
-        return dict(shapes) | _measured(graph, fixed)
+        return dict(shapes) | _measured(graph, fixed, unlimited=bool(input_shapes))
     return shapes
 
 
@@ -44,24 +46,34 @@ def _computed(graph: Graph) -> list[str]:
     return [value.name for node in graph.ir for value in node.outputs if value.name]
 
 
-def _measured(graph: Graph, fixed: Mapping[str, TensorShape]) -> dict[str, TensorShape]:
+def _measured(
+    graph: Graph, fixed: Mapping[str, TensorShape], *, unlimited: bool
+) -> dict[str, TensorShape]:
     """Shapes of all tensors in one run of the model; none where onnxruntime does not run it."""
     import numpy as np
 
     from graphfold.errors import ModelError
-    from graphfold.runtime import Runnable, Session
+    from graphfold.runtime import Runnable, Session, weight_bytes
     from graphfold.specs import Filling, random_inputs
 
     sizes = {
         name: tuple(size for size in shape if isinstance(size, int))
         for name, shape in fixed.items()
     }
+    if guard.avoided(guard.MEASURE) or guard.avoided(guard.RUN):
+        return {}
+    weights = weight_bytes(graph.model)
+    seconds = None if unlimited else guard.run_seconds(weights)
     try:
-        with Runnable(graph.model) as runnable:
+        with (
+            guard.step(guard.MEASURE, seconds),
+            guard.memory(guard.run_bytes(weights)),
+            Runnable(graph.model) as runnable,
+        ):
             session = Session(runnable, optimize=False, extra_outputs=_computed(graph))
             rng = np.random.default_rng(0)
             found = session.run(random_inputs(session.inputs, sizes, Filling(), rng))
-    except ModelError:
+    except (ModelError, MemoryError):
         return {}
     return {name: array.shape for name, array in found.items()}
 
@@ -89,8 +101,11 @@ def _infer(graph: Graph, fixed: Mapping[str, TensorShape]) -> Mapping[str, Tenso
     del proto.graph.value_info[:]
     for item in proto.graph.output:
         item.type.tensor_type.ClearField("shape")
+    if guard.avoided(guard.INFERENCE) is not None:
+        return graph.shapes
     try:
-        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        with guard.inference(len(proto.graph.node)):
+            inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     except Exception:  # noqa: BLE001 - onnx raises RuntimeError and its own InferenceError alike
         return graph.shapes
     names = _free_sizes(graph, fixed)

@@ -10,9 +10,11 @@ import stat
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from graphfold import guard
 from graphfold.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from graphfold.tables import Table
 
 STDIO = "-"
-INTERRUPTED = 130
+INTERRUPTED = guard.INTERRUPTED
 # Tables that nobody looks at in a terminal are as wide as they need to be.
 _PIPED_WIDTH = 10_000
 
@@ -165,12 +167,17 @@ def interruptible() -> Iterator[None]:
     Signals that the parent had ignored (`nohup`, background jobs) stay ignored; outside the main
     thread nothing changes.
     """
+    first: float | None = None
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal first
         del number, frame
-        for item in previous:
-            signal.signal(item, _leave)
-        raise KeyboardInterrupt
+        now = time.monotonic()
+        if first is None:
+            first = now
+            raise KeyboardInterrupt
+        if now - first > guard.SAME_SIGNAL_SECONDS:
+            os._exit(INTERRUPTED)
 
     previous: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
@@ -184,11 +191,6 @@ def interruptible() -> Iterator[None]:
             signal.signal(item, handler)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    os._exit(INTERRUPTED)
-
-
 # Paths ----------------------------------------------------------------------------------------
 
 
@@ -200,6 +202,7 @@ def read_stdin() -> bytes:
     """
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("MODEL is -, but stdin is a terminal", hint="pipe a model into it")
+    guard.cannot_repeat()
     return sys.stdin.buffer.read()
 
 

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphfold import comparison, specs
+from graphfold import comparison, guard, specs
 from graphfold.bounds import RoundingError, rounding_error
 from graphfold.comparison import ABSOLUTE_FLOOR, Difference, tolerance_for
 from graphfold.errors import DataError, ModelError
 from graphfold.feeds import as_float, describe_feed, first_that_runs, second_feed
-from graphfold.runtime import RunError, Runnable, Session
+from graphfold.runtime import OutOfMemoryError, RunError, Runnable, Session, weight_bytes
 from graphfold.specs import Arrays
 from graphfold.verification import FoldComparison, OutputComparison, Verification
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 __all__ = ["FoldComparison", "OutputComparison", "Verification", "verify"]
 
 Progress = Callable[[str, int, int], None]
+
+_COMPARISON_FACTOR = 20
+_GIVE_SIZES = "; smaller sizes can be given as input shapes"
 
 # Fold tensors are compared on as many feeds as fit into this; outputs on all of them.
 _FOLD_TENSOR_BYTES = 2**30
@@ -55,6 +58,7 @@ def verify(
     tolerance: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    unlimited: bool = False,
 ) -> Verification:
     """Compare `candidate` with `reference` on the same inputs.
 
@@ -76,6 +80,8 @@ def verify(
         tolerance: default 1e-4 for float32, 32 unit roundoffs for float16 and bfloat16.
         seed: of the random inputs.
         progress: called with (stage, done, total).
+        unlimited: let the networks take any time and memory. Otherwise, on made-up inputs of
+            made-up sizes, they may take so much as `graphfold.guard` says.
 
     Returns:
         A `Verification`; `passed` is None, with a `reason`, where onnxruntime cannot load the
@@ -94,7 +100,20 @@ def verify(
         tolerance=tolerance,
         progress=progress or _no_progress,
     )
-    return job.run(inputs, input_shapes, seed)
+    reason = guard.avoided(guard.RUN)
+    if reason is not None:
+        return job.refused(f"{reason}{_GIVE_SIZES}")
+    is_limited = inputs is None and not input_shapes and not unlimited
+    weights = weight_bytes(job.original)
+    if not is_limited:
+        return job.run(inputs, input_shapes, seed)
+    job.seconds = guard.run_seconds(weights)
+    try:
+        with guard.memory(guard.run_bytes(weights)):
+            return job.run(inputs, input_shapes, seed)
+    except (MemoryError, OutOfMemoryError):
+        megabytes = guard.run_bytes(weights) // 10**6
+        return job.refused(f"running the model takes more than {megabytes} MB{_GIVE_SIZES}")
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:
@@ -117,6 +136,7 @@ class _Job:
     affines: Mapping[str, AffineMap]
     tolerance: float | None
     progress: Progress
+    seconds: float | None = None
     feeds: list[Arrays] = field(default_factory=list)
     described: str = ""
     random: bool = False
@@ -131,13 +151,22 @@ class _Job:
     ) -> Verification:
         started = time.perf_counter()
         try:
-            self._choose_inputs(inputs, input_shapes, seed)
+            with guard.step(guard.RUN, self.seconds):
+                self._choose_inputs(inputs, input_shapes, seed)
         except _CannotVerifyError as error:
             return self._result(started, passed=None, reason=str(error))
+        # What ran once runs again; a multiple only ends what never would.
+        spent = time.perf_counter() - started
+        limit = None if self.seconds is None else self.seconds + _COMPARISON_FACTOR * spent
         try:
-            return self._compare(started)
+            with guard.step(guard.RUN, limit):
+                return self._compare(started)
         except _SideError as error:
             return self._result(started, passed=False, reason=str(error))
+
+    def refused(self, reason: str) -> Verification:
+        """No comparison at all."""
+        return self._result(time.perf_counter(), passed=None, reason=reason)
 
     # Inputs ---------------------------------------------------------------------------------
 
@@ -151,6 +180,8 @@ class _Job:
         with Runnable(self.original) as runnable:
             try:
                 session = Session(runnable, optimize=False)
+            except OutOfMemoryError:
+                raise
             except RunError as error:
                 raise _CannotVerifyError(error.what) from None
             first = (
@@ -225,6 +256,8 @@ class _Job:
                 + ", ".join(repr(name) for name in actual_off)
             )
         folds = tuple(self._fold_comparisons(expected_folds, actual_folds))
+        failed = [item.fold.output for item in folds if not item.passed]
+        overflowing = {name for name in failed if not _all_finite(expected_folds[name])}
         del expected_folds, actual_folds
         expected_on, _ = self._outputs("reference", self.reference, True, ())
         actual_on, _ = self._outputs("candidate", self.candidate, True, ())
@@ -235,7 +268,10 @@ class _Job:
         )
         passed: bool | None = all(output.passed for output in outputs)
         reason = None
-        deviating = [item.fold.output for item in folds if not item.passed]
+        if overflowing:
+            # Where the reference itself overflows depends on the order of its operations.
+            self.warnings.append(f"{min(overflowing)!r} is not finite in the reference network")
+        deviating = [name for name in failed if name not in overflowing]
         if deviating and self._rounds():
             self.warnings.append(
                 f"{len(deviating)} fold tensors deviate, {deviating[0]!r} first, within what the "
@@ -413,9 +449,18 @@ class _SideError(Exception):
 def _blaming(side: str, stage: str) -> Iterator[None]:
     try:
         yield
+    except OutOfMemoryError:
+        raise
     except RunError as error:
         network = "reference network" if side == "reference" else "candidate network"
         raise _SideError(f"{network} ({stage}): {error.what}") from None
+
+
+def _all_finite(arrays: Sequence[NDArray[Any]]) -> bool:
+    return all(
+        not comparison.is_float(array) or bool(np.isfinite(as_float(array)).all())
+        for array in arrays
+    )
 
 
 def _larger(left: float | None, right: float | None) -> float | None:
