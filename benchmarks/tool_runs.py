@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +183,12 @@ def _invalid(target: Path) -> str | None:
 
 def _interface(source: onnx.ModelProto, target: onnx.ModelProto) -> str | None:
     """What differs between the names, types and sizes of inputs and outputs."""
+    # Before IR version 4, constants are listed among the inputs: callers do not see them.
+    hidden = set()
+    if source.ir_version < _DEFAULTS_IR_VERSION:
+        hidden = {tensor.name for tensor in source.graph.initializer}
     for kind in ("input", "output"):
-        before, after = (_described(proto, kind) for proto in (source, target))
+        before, after = (_described(getattr(p.graph, kind), hidden) for p in (source, target))
         missing, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
         if missing or new:
             changes = [f"{len(missing)} missing"] * bool(missing) + [f"{len(new)} new"] * bool(new)
@@ -196,14 +200,8 @@ def _interface(source: onnx.ModelProto, target: onnx.ModelProto) -> str | None:
     return None
 
 
-def _described(proto: onnx.ModelProto, kind: str) -> dict[str, int]:
-    """Element types by name. Before IR version 4, constants are listed among the inputs too."""
-    constants = {tensor.name for tensor in proto.graph.initializer}
-    return {
-        info.name: info.type.tensor_type.elem_type
-        for info in getattr(proto.graph, kind)
-        if proto.ir_version >= _DEFAULTS_IR_VERSION or info.name not in constants
-    }
+def _described(infos: Iterable[onnx.ValueInfoProto], hidden: set[str]) -> dict[str, int]:
+    return {i.name: i.type.tensor_type.elem_type for i in infos if i.name not in hidden}
 
 
 def latency(seconds: float, paths: Sequence[Path]) -> dict[str, Any]:
