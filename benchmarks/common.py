@@ -16,7 +16,7 @@ PACKAGES = ("graphfold", "onnx", "onnx-ir", "onnxruntime", "numpy", "torch")
 
 
 def environment() -> dict[str, str]:
-    """Versions and processor that a figure was measured with; packages that are not there left out."""
+    """Versions of installed packages, and the processor, that a figure was measured with."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

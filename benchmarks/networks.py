@@ -33,7 +33,9 @@ class Network:
         self.rng = np.random.default_rng(seed)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
-        self.input = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, channels, size, size])
+        self.input = helper.make_tensor_value_info(
+            "x", TensorProto.FLOAT, [1, channels, size, size]
+        )
         self.channels = {"x": channels}
         self._counts: dict[str, int] = defaultdict(int)
 

@@ -9,7 +9,8 @@ Only a fixed list of deterministic operators is computed: arithmetic, comparison
 data. Quantised weights stay quantised. Refused: results that are larger than their inputs by more
 than four times and a million values, ConstantOfShape of more than a thousand (a file would grow),
 and integer divisions without a result. Outputs of the graph stay results of nodes. Before IR
-version 4, where every initializer is an input, nothing is done.
+version 4, where every initializer is an input of the graph, a Constant node takes the place of what
+is computed; a Constant or ConstantOfShape alone stays as it is.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from numpy.typing import NDArray
 from graphfold import constants
 from graphfold.cleanup import evaluate, free_nodes
 from graphfold.graph import Graph, TensorShape, attribute, is_op
-from graphfold.rewrite import Pass, Phase, Work
+from graphfold.rewrite import Pass, Phase, Work, provenance
 
 Array = NDArray[Any]
 
 _IR_VERSION = 4
 _LARGEST = 1 << 20
 _LARGEST_FILL = 1 << 10
+# Of a Constant node: the initializer that it is computed from stays, as it is an input.
+_LARGEST_NODE = 1 << 12
 _GROWTH = 4
 _MOVES = frozenset({"Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
 _COMPUTED = _MOVES | {
@@ -64,8 +67,7 @@ class FoldConstants(Pass):
 
     def find(self, work: Work) -> Iterable[_Known]:
         """Nodes whose results are known, in execution order: each may use those before it."""
-        if (work.graph.model.ir.ir_version or 0) < _IR_VERSION:
-            return []
+        as_nodes = _stay_nodes(work.graph)
         if work.graph.shapes_may_grow:
             work.graph.refine_shapes()
             work.graph.shapes_may_grow = False
@@ -79,7 +81,8 @@ class FoldConstants(Pass):
             result = _result(work.graph, node, known)
             if result is None:
                 continue
-            found.append(result)
+            if not as_nodes or not is_op(node, "Constant", "ConstantOfShape"):
+                found.append(result)
             for output, value in zip(node.outputs, result.values, strict=False):
                 known[output] = value if isinstance(value, np.ndarray) else value.numpy()
         return found
@@ -103,13 +106,25 @@ class FoldConstants(Pass):
             data = value if isinstance(value, np.ndarray) else value.numpy()
             dtype = None if isinstance(value, np.ndarray) else value.dtype
             tensor = ir.tensor(np.ascontiguousarray(data).reshape(data.shape), dtype, name=name)
+            graph.shapes[name] = tuple(int(size) for size in data.shape)
+            if _stay_nodes(graph):
+                metadata = provenance([candidate.node], self.name)
+                attributes = [ir.AttrTensor("value", tensor)]
+                node = ir.Node("", "Constant", [], attributes, metadata_props=metadata)
+                graph.ir.insert_before(candidate.node, node)
+                graph.take_over(output, node.outputs[0])
+                continue
             constant = ir.Value(name=name, const_value=tensor)
             graph.take_over(output, constant)
             constant.shape, constant.type = ir.Shape(data.shape), ir.TensorType(tensor.dtype)
-            graph.shapes[name] = tuple(int(size) for size in data.shape)
             graph.ir.register_initializer(constant)
         graph.remove_dead([candidate.node])
         graph.shapes_may_grow |= not is_op(candidate.node, "Constant")
+
+
+def _stay_nodes(graph: Graph) -> bool:
+    """Whether a new constant must be a node, since an initializer would be a new input."""
+    return (graph.model.ir.ir_version or 0) < _IR_VERSION
 
 
 def _result(graph: Graph, node: ir.Node, known: Mapping[ir.Value, Array]) -> _Known | None:
@@ -228,6 +243,8 @@ def _too_large(graph: Graph, node: ir.Node, arrays: list[Array | None]) -> str |
     largest = max(_LARGEST, _GROWTH * given)
     if is_op(node, "ConstantOfShape"):
         largest = _LARGEST_FILL
+    elif _stay_nodes(graph):
+        largest = _LARGEST_NODE
     held = max(_count(graph, output, node, arrays) for output in node.outputs)
     return f"it would hold {held} values" if held > largest else None
 

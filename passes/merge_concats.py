@@ -38,13 +38,14 @@ class MergeConcats(Pass):
         """Every Concat that one along the same axis reads, the first of each row first."""
         nodes = [node for node in free_nodes(work) if is_op(node, "Concat")]
         known = set(nodes)
-        found = []
-        for outer in nodes:
-            producers = (value.producer() for value in outer.inputs if value is not None)
-            for inner in dict.fromkeys(producers):
-                if inner in known and inner is not None and _same_axis(work.graph, inner, outer):
-                    found.append(_Nested(inner, outer))
-        return found
+        return [
+            _Nested(inner, outer)
+            for outer in nodes
+            for inner in dict.fromkeys(
+                value.producer() for value in outer.inputs if value is not None
+            )
+            if inner is not None and inner in known and _same_axis(work.graph, inner, outer)
+        ]
 
     def label(self, candidate: _Nested) -> str:
         """The inner one's output tensor."""

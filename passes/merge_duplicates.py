@@ -5,6 +5,9 @@ results: f(x) and f(x) become one. Walking in execution order, equal inputs beco
 so whole equal branches merge. Two initializers of the same type and shape whose bytes are equal are
 one constant; only those that share type and shape with another are read at all.
 
+Before IR version 4, where initializers are inputs that nobody can replace and constants are nodes,
+equal inputs stay and one of them is read, and equal Constant nodes become one.
+
 Kept apart: operators that draw random numbers; tensors that the interface names (two outputs keep
 two nodes) and initializers that callers may replace; what a subgraph reads; and paddings and
 per-channel arithmetic that only one convolution reads, which fold into it.
@@ -30,6 +33,8 @@ _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
     | {"Bernoulli", "Multinomial", "Dropout"}
 )
+
+_IR_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ class MergeDuplicates(Pass):
         if candidate.later[0].is_initializer():
             (value,) = candidate.later
             value.replace_all_uses_with(candidate.earlier[0])
-            graph.ir.initializers.pop(value.name or "")
+            if not value.is_graph_input():
+                graph.ir.initializers.pop(value.name or "")
             return
         for later, earlier in zip(candidate.later, candidate.earlier, strict=True):
             bypass(work, later, graph.current(earlier))
@@ -85,7 +91,7 @@ def _initializers(work: Work) -> Iterator[_Same]:
         tensor = value.const_value
         if tensor is None or SPARSE in tensor.meta or tensor.dtype == ir.DataType.STRING:
             continue
-        if value.is_graph_input() or value.is_graph_output() or not value.uses():
+        if graph.is_overridable(value) or value.is_graph_output() or not value.uses():
             continue
         if not is_captured(graph, value):
             groups[tensor.dtype, tuple(tensor.shape.numpy())].append(value)
@@ -103,8 +109,12 @@ def _initializers(work: Work) -> Iterator[_Same]:
 def _nodes(work: Work, same: dict[ir.Value, ir.Value]) -> Iterator[_Same]:
     """Equal nodes; `same` maps tensors to those that stand for them, and grows."""
     first: dict[Hashable, ir.Node] = {}
+    old = (work.graph.model.ir.ir_version or 0) < _IR_VERSION
     for node in free_nodes(work):
-        if is_op(node, "Constant", *_RANDOM) or not node.inputs or _folds_into_conv(node):
+        if is_op(node, *_RANDOM) or _folds_into_conv(node):
+            continue
+        # From IR version 4 on these become initializers.
+        if not node.inputs and not (is_op(node, "Constant") and old):
             continue
         earlier = first.setdefault(_key(node, same), node)
         if earlier is node or not any(o.uses() or o.is_graph_output() for o in node.outputs):
@@ -116,7 +126,7 @@ def _nodes(work: Work, same: dict[ir.Value, ir.Value]) -> Iterator[_Same]:
 
 def _folds_into_conv(node: ir.Node) -> bool:
     """Whether only one convolution reads it, and none before it would take it in."""
-    source = node.inputs[0]
+    source = node.inputs[0] if node.inputs else None
     before = None if source is None else source.producer()
     if is_op(node, *PER_CHANNEL) and is_op(before, "Conv", *PER_CHANNEL):
         return False
