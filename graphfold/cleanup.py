@@ -52,10 +52,15 @@ def fixed_names(work: Work) -> set[str]:
     return {name for segment in work.segments for name in (segment.input, segment.output)}
 
 
-def free_nodes(work: Work) -> Iterator[ir.Node]:
-    """Nodes that a clean-up may rewrite, in execution order, by a list that stays valid."""
+def free_nodes(work: Work, *op_types: str) -> Iterator[ir.Node]:
+    """Nodes (of some types, or all) that a clean-up may rewrite, in execution order.
+
+    They come from a list that stays valid while the graph is edited.
+    """
     names = fixed_names(work)
     for node in work.graph.nodes():
+        if op_types and node.op_type not in op_types:
+            continue
         if node in work.barrier or not understood(node):
             continue
         if any(value.name in names or is_captured(work.graph, value) for value in node.outputs):

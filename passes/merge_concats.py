@@ -14,7 +14,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphfold.cleanup import free_nodes
-from graphfold.graph import Graph, attribute, is_op, only_consumer
+from graphfold.graph import Graph, attribute, only_consumer
 from graphfold.rewrite import Pass, Phase, Work, provenance
 
 
@@ -36,7 +36,7 @@ class MergeConcats(Pass):
 
     def find(self, work: Work) -> Iterable[_Nested]:
         """Every Concat that one along the same axis reads, the first of each row first."""
-        nodes = [node for node in free_nodes(work) if is_op(node, "Concat")]
+        nodes = list(free_nodes(work, "Concat"))
         known = set(nodes)
         return [
             _Nested(inner, outer)

@@ -145,15 +145,14 @@ def _key(node: ir.Node, same: dict[ir.Value, ir.Value]) -> Hashable:
 
 def _plain(value: Any) -> Hashable:
     """An attribute's value as something that is equal only where the bits are."""
-    if isinstance(value, ir.TensorProtocol):
-        if value.dtype == ir.DataType.STRING:
-            return id(value)
-        digest = hashlib.sha256(value.tobytes()).hexdigest()
-        return value.dtype, tuple(value.shape.numpy()), digest
     if isinstance(value, float):
         return value.hex()
     if isinstance(value, (int, str, bytes)):
         return value
     if isinstance(value, (list, tuple)):
         return tuple(_plain(item) for item in value)
-    return id(value)
+    # Last: being a tensor is a protocol, and asking for that is slow.
+    if not isinstance(value, ir.TensorProtocol) or value.dtype == ir.DataType.STRING:
+        return id(value)
+    digest = hashlib.sha256(value.tobytes()).hexdigest()
+    return value.dtype, tuple(value.shape.numpy()), digest

@@ -47,11 +47,11 @@ class MergeNorms(Pass):
 
     def find(self, work: Work) -> Iterable[_Pair]:
         """Every BatchNormalization that arithmetic with constants reads."""
-        nodes = list(free_nodes(work))
+        nodes = list(free_nodes(work, *PER_CHANNEL))
         known = set(nodes)
         found = []
         for node in nodes:
-            sources = variable_inputs(work.graph, node) if is_op(node, *PER_CHANNEL) else []
+            sources = variable_inputs(work.graph, node)
             norm = sources[0].producer() if len(sources) == 1 else None
             if norm in known and is_op(norm, "BatchNormalization"):
                 assert norm is not None

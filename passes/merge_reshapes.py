@@ -42,7 +42,7 @@ class MergeReshapes(Pass):
         graph = work.graph
         if graph.opset < _INPUT_TARGET_OPSET or (graph.model.ir.ir_version or 0) < _IR_VERSION:
             return []
-        nodes = [node for node in free_nodes(work) if is_op(node, *_KINDS)]
+        nodes = list(free_nodes(work, *_KINDS))
         known = set(nodes)
         return [node for node in nodes if _before(node) in known]
 

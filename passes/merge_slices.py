@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphfold.cleanup import free_nodes
-from graphfold.graph import Graph, attribute, is_op, only_consumer
+from graphfold.graph import Graph, attribute, only_consumer
 from graphfold.rewrite import Pass, Phase, Work, provenance
 
 _INPUTS_OPSET = 10
@@ -43,7 +43,7 @@ class MergeSlices(Pass):
         graph = work.graph
         if graph.opset >= _INPUTS_OPSET and (graph.model.ir.ir_version or 0) < _IR_VERSION:
             return []
-        nodes = [node for node in free_nodes(work) if is_op(node, "Slice")]
+        nodes = list(free_nodes(work, "Slice"))
         known = set(nodes)
         return [node for node in nodes if _before(node) in known]
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphfold.cleanup import free_nodes
-from graphfold.graph import Graph, attribute, is_op, only_consumer
+from graphfold.graph import Graph, attribute, only_consumer
 from graphfold.rewrite import Pass, Phase, Work, provenance
 
 
@@ -28,7 +28,7 @@ class MergeTransposes(Pass):
 
     def find(self, work: Work) -> Iterable[ir.Node]:
         """Every Transpose that reads one."""
-        nodes = [node for node in free_nodes(work) if is_op(node, "Transpose")]
+        nodes = list(free_nodes(work, "Transpose"))
         known = set(nodes)
         return [node for node in nodes if _before(node) in known]
 

@@ -62,10 +62,8 @@ class SimplifyReshapes(Pass):
             return []
         return [
             node
-            for node in free_nodes(work)
-            if is_op(node, "Reshape")
-            and not graph.is_constant(node.inputs[1])
-            and _pieces(graph, node.inputs[1]) is not None
+            for node in free_nodes(work, "Reshape")
+            if not graph.is_constant(node.inputs[1]) and _pieces(graph, node.inputs[1]) is not None
         ]
 
     def label(self, candidate: ir.Node) -> str:
