@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
+# The optimizers that graphfold is compared with stay out of the environment that tests run in.
+PEERS_VENV := .venv-peers
+PEERS_STAMP := $(PEERS_VENV)/.setup-stamp
 
-.PHONY: setup demo test lint types matrix
+.PHONY: setup demo test lint types matrix benchmark-peers
 
 setup: $(STAMP)
 
@@ -29,3 +32,11 @@ types: $(STAMP)
 
 matrix: $(STAMP)
 	$(BIN)/python benchmarks/matrix.py
+
+$(PEERS_STAMP): setup.cfg constraints.txt
+	test -x $(PEERS_VENV)/bin/python || $(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install -c constraints.txt -e '.[peers]'
+	touch $@
+
+benchmark-peers: $(PEERS_STAMP)
+	$(PEERS_VENV)/bin/python benchmarks/optimizers.py $(ARGS)

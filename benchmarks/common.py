@@ -1,9 +1,10 @@
 """What the benchmarks share: the example networks, and results with their environment."""
 
+import contextlib
 import json
 import platform
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ PACKAGES = ("graphfold", "onnx", "onnx-ir", "onnxruntime", "numpy", "torch")
 
 
 def environment() -> dict[str, str]:
-    """Versions and processor that a figure was measured with."""
-    found = {name: version(name) for name in PACKAGES}
+    """Versions of installed packages, and the processor, that a figure was measured with."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
     found["python"] = platform.python_version()
     found["processor"] = processor()
     return found

@@ -57,12 +57,17 @@ def fixed_names(work: Work) -> set[str]:
     return {name for segment in work.segments for name in (segment.input, segment.output)}
 
 
-def free_nodes(work: Work) -> Iterator[ir.Node]:
-    """Nodes that a clean-up may rewrite, in execution order, by a list that stays valid."""
+def free_nodes(work: Work, *op_types: str) -> Iterator[ir.Node]:
+    """Nodes (of some types, or all) that a clean-up may rewrite, in execution order.
+
+    They come from a list that stays valid while the graph is edited.
+    """
     names = fixed_names(work)
     # What no subgraph can capture need not be asked for.
     scopes = any(_has_subgraph(node) for node in work.graph.ir)
     for node in work.graph.nodes():
+        if op_types and node.op_type not in op_types:
+            continue
         if node in work.barrier or not understood(node):
             continue
         if names and any(value.name in names for value in node.outputs):

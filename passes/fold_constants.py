@@ -9,7 +9,8 @@ Only a fixed list of deterministic operators is computed: arithmetic, comparison
 data. Quantised weights stay quantised. Refused: results that are larger than their inputs by more
 than four times and a million values, ConstantOfShape of more than a thousand (a file would grow),
 and integer divisions without a result. Outputs of the graph stay results of nodes. Before IR
-version 4, where every initializer is an input, and in functions, which have none, nothing is done.
+version 4, where every initializer is an input of the graph, and in functions, which have none, a
+Constant node takes the place of what is computed; a Constant or ConstantOfShape alone stays.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from numpy.typing import NDArray
 from graphfold import constants
 from graphfold.cleanup import evaluate, free_nodes
 from graphfold.graph import Graph, TensorShape, attribute, is_op
-from graphfold.rewrite import Pass, Phase, Work
+from graphfold.rewrite import Pass, Phase, Work, provenance
 
 Array = NDArray[Any]
 
 _LARGEST = 1 << 20
 _LARGEST_FILL = 1 << 10
+# Of a Constant node: the initializer that it is computed from stays, as it is an input.
+_LARGEST_NODE = 1 << 12
 _GROWTH = 4
 _MOVES = frozenset({"Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
 _COMPUTED = _MOVES | {
@@ -63,8 +66,7 @@ class FoldConstants(Pass):
 
     def find(self, work: Work) -> Iterable[_Known]:
         """Nodes whose results are known, in execution order: each may use those before it."""
-        if not work.graph.holds_initializers:
-            return []
+        as_nodes = not work.graph.holds_initializers
         if work.graph.shapes_may_grow:
             work.graph.refine_shapes()
             work.graph.shapes_may_grow = False
@@ -78,7 +80,8 @@ class FoldConstants(Pass):
             result = _result(work.graph, node, known)
             if result is None:
                 continue
-            found.append(result)
+            if not as_nodes or not is_op(node, "Constant", "ConstantOfShape"):
+                found.append(result)
             for output, value in zip(node.outputs, result.values, strict=False):
                 known[output] = value if isinstance(value, np.ndarray) else value.numpy()
         return found
@@ -102,10 +105,17 @@ class FoldConstants(Pass):
             data = value if isinstance(value, np.ndarray) else value.numpy()
             dtype = None if isinstance(value, np.ndarray) else value.dtype
             tensor = ir.tensor(np.ascontiguousarray(data).reshape(data.shape), dtype, name=name)
+            graph.shapes[name] = tuple(int(size) for size in data.shape)
+            if not graph.holds_initializers:
+                metadata = provenance([candidate.node], self.name)
+                attributes = [ir.AttrTensor("value", tensor)]
+                node = ir.Node("", "Constant", [], attributes, metadata_props=metadata)
+                graph.ir.insert_before(candidate.node, node)
+                graph.take_over(output, node.outputs[0])
+                continue
             constant = ir.Value(name=name, const_value=tensor)
             graph.take_over(output, constant)
             constant.shape, constant.type = ir.Shape(data.shape), ir.TensorType(tensor.dtype)
-            graph.shapes[name] = tuple(int(size) for size in data.shape)
             graph.ir.register_initializer(constant)
         graph.remove_dead([candidate.node])
         graph.shapes_may_grow |= not is_op(candidate.node, "Constant")
@@ -227,6 +237,8 @@ def _too_large(graph: Graph, node: ir.Node, arrays: list[Array | None]) -> str |
     largest = max(_LARGEST, _GROWTH * given)
     if is_op(node, "ConstantOfShape"):
         largest = _LARGEST_FILL
+    elif not graph.holds_initializers:
+        largest = _LARGEST_NODE
     held = max(_count(graph, output, node, arrays) for output in node.outputs)
     return f"it would hold {held} values" if held > largest else None
 

@@ -5,6 +5,9 @@ results: f(x) and f(x) become one. Walking in execution order, equal inputs beco
 so whole equal branches merge. Two initializers of the same type and shape whose bytes are equal are
 one constant; only those that share type, shape and first values with another are read in full.
 
+Before IR version 4, where initializers are inputs that nobody can replace and constants are nodes,
+equal inputs stay and one of them is read, and equal Constant nodes become one.
+
 Kept apart: operators that draw random numbers; tensors that the interface names (two outputs keep
 two nodes) and initializers that callers may replace; what a subgraph reads; and paddings and
 per-channel arithmetic that only one convolution reads, which fold into it.
@@ -80,7 +83,8 @@ class MergeDuplicates(Pass):
         if candidate.later[0].is_initializer():
             (value,) = candidate.later
             value.replace_all_uses_with(candidate.earlier[0])
-            graph.ir.initializers.pop(value.name or "")
+            if not value.is_graph_input():
+                graph.ir.initializers.pop(value.name or "")
             return
         for later, earlier in zip(candidate.later, candidate.earlier, strict=True):
             bypass(work, later, graph.current(earlier))
@@ -93,7 +97,7 @@ def _initializers(work: Work) -> Iterator[_Same]:
         tensor = value.const_value
         if tensor is None or is_sparse(tensor) or tensor.dtype == ir.DataType.STRING:
             continue
-        if value.is_graph_input() or value.is_graph_output() or not value.uses():
+        if graph.is_overridable(value) or value.is_graph_output() or not value.uses():
             continue
         if not is_captured(graph, value):
             groups[tensor.dtype, tuple(tensor.shape.numpy())].append(value)
@@ -129,8 +133,12 @@ def _digest(tensor: ir.TensorProtocol) -> str:
 def _nodes(work: Work, same: dict[ir.Value, ir.Value]) -> Iterator[_Same]:
     """Equal nodes; `same` maps tensors to those that stand for them, and grows."""
     first: dict[Hashable, ir.Node] = {}
+    nodes_stay = not work.graph.holds_initializers
     for node in free_nodes(work):
-        if is_op(node, "Constant", *_RANDOM) or not node.inputs or _folds_into_conv(node):
+        if is_op(node, *_RANDOM) or _folds_into_conv(node):
+            continue
+        # Elsewhere these become initializers.
+        if not node.inputs and not (is_op(node, "Constant") and nodes_stay):
             continue
         earlier = first.setdefault(_key(node, same), node)
         if earlier is node or not any(o.uses() or o.is_graph_output() for o in node.outputs):
@@ -142,7 +150,7 @@ def _nodes(work: Work, same: dict[ir.Value, ir.Value]) -> Iterator[_Same]:
 
 def _folds_into_conv(node: ir.Node) -> bool:
     """Whether only one convolution reads it, and none before it would take it in."""
-    source = node.inputs[0]
+    source = node.inputs[0] if node.inputs else None
     before = None if source is None else source.producer()
     if is_op(node, *PER_CHANNEL) and is_op(before, "Conv", *PER_CHANNEL):
         return False

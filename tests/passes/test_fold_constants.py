@@ -182,12 +182,42 @@ def test_divisions_without_a_result_stay() -> None:
     assert reasons(statistics)["none"] == "it divides by zero or overflows"
 
 
-def test_before_ir_version_4_nothing_is_done() -> None:
+def old_model(make: Make) -> onnx.ModelProto:
+    """A model before IR version 4: all its constants are inputs too."""
     build = ModelBuilder([1, 3, 4, 5], opset=8, ir_version=3)
-    model = build.model(
-        build.op("Add", "x", build.op("Constant", value=numpy_helper.from_array(np.float32([1]))))
-    )
-    assert op_types(computed(model)) == ["Constant", "Add"]
+    output = build.op("Add", "x", make(build), out="y")
+    listed = [
+        helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in build.initializers
+    ]
+    return build.model(output, more_inputs=listed)
+
+
+OLD: dict[str, tuple[Make, list[str]]] = {
+    "a constant": (
+        lambda b: b.op("Constant", value=numpy_helper.from_array(np.float32([1]))),
+        ["Constant", "Add"],
+    ),
+    "what is computed": (
+        lambda b: b.op("Unsqueeze", b.op("Exp", b.constant([1.0, 2.0, 3.0, 4.0, 5.0])), axes=[0]),
+        ["Constant", "Add"],
+    ),
+    "too much": (
+        lambda b: b.op(
+            "ReduceMean", b.op("Exp", b.constant(np.ones((3, 4097)))), axes=[0, 1], keepdims=0
+        ),
+        ["Exp", "ReduceMean", "Add"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OLD)
+def test_before_ir_version_4_constants_are_nodes(case: str) -> None:
+    make, expected = OLD[case]
+    model = old_model(make)
+    folded = computed(model)
+    assert op_types(folded) == expected
+    assert folded.graph.input == model.graph.input
+    assert folded.graph.initializer == model.graph.initializer
 
 
 def test_the_source_keeps_its_tensors_and_names() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from builders import ModelBuilder, fold, nonzero, op_types, random_input, reasons, run
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 
 def merged(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -161,3 +161,25 @@ def test_what_folds_produce_merges_too() -> None:
     folded, _ = fold(model)
     assert len({node.input[2] for node in folded.graph.node if len(node.input) > 2}) == 1
     assert fold(folded)[0] == folded
+
+
+def test_before_ir_version_4_equal_constants_merge_and_inputs_stay() -> None:
+    build = ModelBuilder([1, 3, 4, 5], opset=8, ir_version=3)
+    fills = [
+        build.op("ConstantOfShape", build.constant([5], name, dtype=np.int64))
+        for name in ("one", "two")
+    ]
+    tensor = numpy_helper.from_array(np.float32([2, 3, 4, 5, 6]))
+    fills += [build.op("Constant", value=tensor) for _ in range(2)]
+    value = "x"
+    for fill in fills:
+        value = build.op("Add", value, fill)
+    listed = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, [1]) for name in ("one", "two")
+    ]
+    build.opset = 9
+    model = build.model(value, more_inputs=listed)
+    folded = merged(model)
+    assert sorted(op_types(folded)) == ["Add"] * 4 + ["Constant", "ConstantOfShape"]
+    assert folded.graph.input == model.graph.input
+    assert names(folded) == ["one", "two"]
