@@ -167,6 +167,21 @@ def _chain_from(work: Work, conv: ir.Node) -> Chain | None:
     groups = conv.attributes["group"].as_int() if "group" in conv.attributes else 1
     channels = (weight[1] if isinstance(weight[1], int) else 0) * groups
     first = _first_before(work, conv)
+    while True:
+        links = _links_from(work, first, rank, channels)
+        if any(link.node is conv for link in links):
+            return Chain(links)
+        # An operator in front that is not linear ends what leads to the convolution.
+        blocked = only_consumer(links[-1].node.outputs[0]) if links else first
+        behind = None if blocked is None or blocked is conv else only_consumer(blocked.outputs[0])
+        if behind is None:
+            return None
+        first = behind
+
+
+def _links_from(work: Work, first: ir.Node, rank: int, channels: int) -> tuple[Link, ...]:
+    """The linear operators from `first` on, each reading only the one before."""
+    graph = work.graph
     sizes = graph.sizes(variable_inputs(graph, first)[0]) or (None,) * rank
     nominal = tuple(NOMINAL_SIZE if size is None else size for size in sizes)
     links: list[Link] = []
@@ -190,7 +205,7 @@ def _chain_from(work: Work, conv: ir.Node) -> Chain | None:
         )
         nominal = geometry.output_sizes(nominal)
         node = only_consumer(node.outputs[0])
-    return Chain(tuple(links)) if links else None
+    return tuple(links)
 
 
 def best_split(work: Work, chain: Chain) -> Split:
