@@ -31,7 +31,7 @@ FLOAT_TYPES = frozenset(
 )
 DEFAULT_EPSILON = 1e-5
 # Operators that fold into the convolution before them where their constants are per channel.
-PER_CHANNEL = ("BatchNormalization", "Add", "Sub", "Mul", "Div")
+PER_CHANNEL = ("BatchNormalization", "Add", "Sub", "Mul", "Div", "Neg")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from graphfold.rewrite import Work
 # leaves room for borders ranks them alike.
 NOMINAL_SIZE = 64
 # Operators that may lead to a convolution: one tensor in, the same channels out.
-_LEADING = (*PER_CHANNEL, "Neg", "Pad", "Identity", "Dropout")
+_LEADING = (*PER_CHANNEL, "Pad", "Identity", "Dropout")
 # How far ahead a piece may reach; kernels of longer merges grow beyond any use.
 _LONGEST_PIECE = 24
 
