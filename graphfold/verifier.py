@@ -22,7 +22,7 @@ import numpy as np
 from graphfold import comparison, specs
 from graphfold.bounds import RoundingError, rounding_error
 from graphfold.comparison import ABSOLUTE_FLOOR, Difference, tolerance_for
-from graphfold.errors import DataError
+from graphfold.errors import DataError, ModelError
 from graphfold.feeds import as_float, describe_feed, first_that_runs, second_feed
 from graphfold.runtime import RunError, Runnable, Session
 from graphfold.specs import Arrays
@@ -191,7 +191,8 @@ class _Job:
         self.random = True
         try:
             outputs, feed, size = first_that_runs(session, given, seed)
-        except RunError as error:
+        except ModelError as error:
+            # Also inputs of types that no random numbers are made for: sequences, float8.
             raise _CannotVerifyError(error.what) from None
         self.feeds = [feed]
         second = second_feed(session, given, size, seed, feed)

@@ -83,12 +83,12 @@ def _row(name: str, group: Sequence[Outcome]) -> list[str]:
 
 
 def _show(rows: list[list[str]], outcomes: Sequence[Outcome]) -> None:
-    table = Table()
+    table = Table(box=None)
     for number, column in enumerate(COLUMNS):
         table.add_column(column, justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=110).print(table)
     for outcome in outcomes:
         for problem in outcome.problems:
             sys.stdout.write(f"{outcome.part}/{outcome.name}: {problem}\n")

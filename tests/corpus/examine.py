@@ -137,10 +137,8 @@ def _optimize(case: Case, runner: Runner | None, folder: Path, outcome: Outcome)
 
 def _what_changed(folder: Path) -> str:
     first, again = (onnx.load(folder / f"{name}.onnx") for name in ("first", "again"))
-    counts = [
-        " ".join(node.op_type for node in model.graph.node[:12]) for model in (first, again)
-    ]
-    return f"{counts[0]} -> {counts[1]}" if counts[0] != counts[1] else "same nodes, other fields"
+    one, two = (" ".join(node.op_type for node in model.graph.node) for model in (first, again))
+    return f"{one[:200]} -> {two[:200]}" if one != two else "same nodes, other fields"
 
 
 def interface_differences(before: onnx.ModelProto, after: onnx.ModelProto) -> list[str]:
@@ -182,10 +180,9 @@ class Runner:
 
     def tensor_feeds(self) -> list[Feed] | None:
         """The feeds, where `optimize` can take them."""
-        arrays = all(
-            isinstance(value, np.ndarray) for feed in self.feeds for value in feed.values()
-        )
-        return self.feeds if arrays and all(self.feeds) and self.feeds else None
+        values = [value for feed in self.feeds for value in feed.values()]
+        arrays = all(isinstance(value, np.ndarray) and value.dtype.isbuiltin for value in values)
+        return self.feeds if values and arrays else None
 
     def compare(
         self, before: onnx.ModelProto, after: onnx.ModelProto, outcome: Outcome
@@ -393,15 +390,13 @@ def _distance(one: Any, two: Any) -> float:
         return np.inf
     largest = 0.0
     for a, b in pairs:
-        if not a.size:
-            continue
         if not _is_float(a):
             largest = max(largest, float(np.count_nonzero(a != b)))
             continue
         wide, other = _wide(a), _wide(b)
         finite = np.isfinite(wide) & np.isfinite(other)
         if finite.any():
-            largest = max(largest, float(np.abs(wide - other)[finite].max()))
+            largest = max(largest, float(np.abs(wide[finite] - other[finite]).max()))
     return largest
 
 
@@ -428,7 +423,7 @@ def _excess(one: Any, two: Any, tolerance: float, slack: float = 0.0) -> float:
             return np.inf
         if finite.any():
             scale = float(np.abs(wide[finite]).max())
-            error = float(np.abs(wide - other)[finite].max())
+            error = float(np.abs(wide[finite] - other[finite]).max())
             excess = max(excess, error / (tolerance * scale + ABSOLUTE_FLOOR + slack))
     return excess
 
