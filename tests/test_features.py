@@ -23,7 +23,7 @@ from builders import (
     run,
 )
 from corpus.hazards import HAZARDS
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 import graphfold
 from graphfold.errors import ModelError
@@ -245,7 +245,9 @@ def test_merges_that_raise_cost_wait_for_allow_growth(row: str):
     proto = build.model(make(build))
     by_default = graphfold.optimize(proto)
     assert op_types(by_default.model) == ["Conv", "Conv"]
-    assert any("raise" in skip.reason or "cost" in skip.reason for skip in by_default.report.skipped)
+    assert any(
+        "raise" in skip.reason or "cost" in skip.reason for skip in by_default.report.skipped
+    )
     assert op_types(optimized(proto, allow_growth=True)) == ["Conv"]
 
 
@@ -313,9 +315,7 @@ def test_equal_initializers_are_stored_once():
     build = ModelBuilder([1, 4, 7, 6])
     weight = nonzero(build.rng, 4, 4, 3, 3)
     first = build.conv("x", 4, 3, weight=build.constant(weight), bias=False)
-    second = build.conv(
-        build.op("Relu", first), 4, 3, weight=build.constant(weight), bias=False
-    )
+    second = build.conv(build.op("Relu", first), 4, 3, weight=build.constant(weight), bias=False)
     result = optimized(build.model(second))
     assert len(result.graph.initializer) == 1
 

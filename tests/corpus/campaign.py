@@ -8,15 +8,25 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from corpus.cases import PARTS, ROOT, Case, files
-from corpus.examine import Outcome
-from corpus.worker import Worker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from corpus.cases import PARTS, ROOT, Case, files
+from corpus.examine import Outcome
+from corpus.worker import Worker
+
 GENERATED = 2000
-COLUMNS = ("part", "models", "onnxruntime", "reference", "not run", "refused", "fewer nodes", "failed")
+COLUMNS = (
+    "part",
+    "models",
+    "onnxruntime",
+    "reference",
+    "not run",
+    "refused",
+    "fewer nodes",
+    "failed",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,9 +55,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _run(
-    part: str, source: Iterator[Case], limit: int | None, worker: Worker
-) -> Iterator[Outcome]:
+def _run(part: str, source: Iterator[Case], limit: int | None, worker: Worker) -> Iterator[Outcome]:
     if part == "generated":
         cases = list(itertools.islice(source, limit or GENERATED))
     else:

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from corpus.cases import Case, Feed
 
 import graphfold
+from corpus.cases import Case, Feed
 from graphfold import feeds as random_feeds
 from graphfold.errors import GraphfoldError
 from graphfold.model import load, save
@@ -201,9 +201,7 @@ class Runner:
         if self.kind != "onnxruntime":
             return problems
         optimized = self.outputs(before, True)
-        own = {
-            name: _largest(expected, optimized, index) for index, name in enumerate(names)
-        }
+        own = {name: _largest(expected, optimized, index) for index, name in enumerate(names)}
         result = self.outputs(after, True)
         for problem in _differences(names, optimized, result, tolerance, slack, outcome, own):
             problems.append(f"with onnxruntime's optimizations: {problem}")
@@ -271,7 +269,7 @@ def _runner(case: Case, model: onnx.ModelProto) -> Runner | None:
     for kind in (RuntimeRunner, EvaluatorRunner):
         try:
             return kind(case, model)
-        except Exception:  # noqa: BLE001, S112 - each raises types of its own
+        except Exception:  # noqa: BLE001 - each raises types of its own
             continue
     return None
 
@@ -430,4 +428,3 @@ def _excess(one: Any, two: Any, tolerance: float, slack: float = 0.0) -> float:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
-

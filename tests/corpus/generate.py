@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from corpus.cases import Case, Feed
 from onnx import TensorProto, helper, numpy_helper
+
+from corpus.cases import Case, Feed
 
 _IR_VERSIONS = {9: 4, 10: 5, 11: 6, 19: 9, 20: 9, 21: 10}
 _ELEMENTS = 1 << 16  # no tensor becomes larger than this
@@ -65,9 +66,7 @@ class _Maker:
         self.count += 1
         return f"{stem}{self.count}"
 
-    def op(
-        self, kind: str, inputs: Sequence[str], shape: Sequence[int], **attributes: Any
-    ) -> str:
+    def op(self, kind: str, inputs: Sequence[str], shape: Sequence[int], **attributes: Any) -> str:
         (out,) = self.several(kind, inputs, [shape], **attributes)
         return out
 

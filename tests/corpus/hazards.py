@@ -106,9 +106,7 @@ def _overridable_mean() -> onnx.ModelProto:
     build = _builder()
     y = build.norm(build.conv("x", 6, 3))
     name = next(tensor.name for tensor in build.initializers if tensor.name.startswith("mean"))
-    return build.model(
-        y, more_inputs=[helper.make_tensor_value_info(name, TensorProto.FLOAT, [6])]
-    )
+    return build.model(y, more_inputs=[helper.make_tensor_value_info(name, TensorProto.FLOAT, [6])])
 
 
 @_hazard("output without a shape")

@@ -12,13 +12,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 from builders import ModelBuilder
+
+import graphfold
 from corpus import cases
 from corpus.campaign import COLUMNS, counts, main
 from corpus.cases import Case
 from corpus.examine import examine, interface_differences
 from corpus.worker import Worker
-
-import graphfold
 
 SLICES = 4
 SMALL_NETWORKS = ("light_squeezenet", "light_shufflenet")
@@ -104,7 +104,10 @@ def test_a_changed_interface_is_found():
     assert interface_differences(before, after) == []
     after.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "N"
     after.opset_import[0].version = 18
-    assert interface_differences(before, after) == ["types of outputs differ", "opset_import differs"]
+    assert interface_differences(before, after) == [
+        "types of outputs differ",
+        "opset_import differs",
+    ]
 
 
 def test_a_process_that_dies_is_a_finding_and_another_takes_over(tmp_path: Path):
