@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
 
-.PHONY: setup demo test lint types matrix
+.PHONY: setup demo test lint types matrix corpus
 
 setup: $(STAMP)
 
@@ -29,3 +29,7 @@ types: $(STAMP)
 
 matrix: $(STAMP)
 	$(BIN)/python benchmarks/matrix.py
+
+# Takes long; `make test` runs a sample.
+corpus: $(STAMP)
+	$(BIN)/python -m tests.corpus --record $(ARGS)

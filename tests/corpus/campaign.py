@@ -6,6 +6,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the campaign; 1 where anything failed."""
     options = _options(argv)
     outcomes: list[Outcome] = []
-    with Worker() as worker:
+    # An interrupted run tells what it has seen so far.
+    with suppress(KeyboardInterrupt), Worker() as worker:
         for part in options.part or PARTS:
             outcomes += _run(part, PARTS[part](options.seed), options.limit, worker)
         if options.models is not None:

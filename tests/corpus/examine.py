@@ -150,12 +150,11 @@ def interface_differences(before: onnx.ModelProto, after: onnx.ModelProto) -> li
             problems.append(f"{kind}s are {[item.name for item in two]}")
         elif one != two:
             problems.append(f"types of {kind}s differ")
-    for kind in ("ir_version", "domain", "model_version", "doc_string", "producer_name"):
-        if getattr(before, kind) != getattr(after, kind):
-            problems.append(f"{kind} differs")
-    for kind in ("opset_import", "functions", "training_info"):
-        if list(getattr(before, kind)) != list(getattr(after, kind)):
-            problems.append(f"{kind} differs")
+    fields = ("ir_version", "domain", "model_version", "doc_string", "producer_name")
+    fields += ("opset_import", "functions", "training_info")
+    problems += [
+        f"{kind} differs" for kind in fields if getattr(before, kind) != getattr(after, kind)
+    ]
     metadata = {item.key: item.value for item in after.metadata_props}
     if any(metadata.get(item.key) != item.value for item in before.metadata_props):
         problems.append("metadata is lost")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
+import signal
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,14 +17,15 @@ def _serve(pipe: Connection) -> None:
     """In the process: examine what arrives until nothing more does."""
     from corpus.examine import Outcome, examine
 
-    os.nice(5)
+    # Interrupts are the parent's to handle.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     while (task := pipe.recv()) is not None:
         case, run = task
         try:
             outcome = examine(case, lambda stage: pipe.send(("stage", stage)), run=run)
         except Exception:  # noqa: BLE001 - whatever a model causes is what is looked for
             outcome = Outcome(case.name, case.part)
-            outcome.problems.append("exception: " + traceback.format_exc(limit=-4).strip())
+            outcome.problems.append("exception: " + traceback.format_exc(limit=-8).strip())
         pipe.send(("outcome", outcome))
 
 
