@@ -180,7 +180,10 @@ class Runner:
     def tensor_feeds(self) -> list[Feed] | None:
         """The feeds, where `optimize` can take them."""
         values = [value for feed in self.feeds for value in feed.values()]
-        arrays = all(isinstance(value, np.ndarray) and value.dtype.isbuiltin for value in values)
+        arrays = all(
+            isinstance(value, np.ndarray) and value.dtype.type.__module__ == "numpy"
+            for value in values
+        )
         return self.feeds if values and arrays else None
 
     def compare(
@@ -199,9 +202,15 @@ class Runner:
         problems = _differences(names, expected, actual, tolerance, slack, outcome)
         if self.kind != "onnxruntime":
             return problems
-        optimized = self.outputs(before, True)
+        try:
+            optimized = self.outputs(before, True)
+        except Exception:  # noqa: BLE001 - the runtime's optimizations cannot take the input
+            return problems
         own = {name: _largest(expected, optimized, index) for index, name in enumerate(names)}
-        result = self.outputs(after, True)
+        try:
+            result = self.outputs(after, True)
+        except Exception as error:  # noqa: BLE001 - any failure to run is a finding
+            return [*problems, f"with onnxruntime's optimizations: {_line(error)}"]
         for problem in _differences(names, optimized, result, tolerance, slack, outcome, own):
             problems.append(f"with onnxruntime's optimizations: {problem}")
         return problems
