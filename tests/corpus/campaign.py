@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -59,13 +59,15 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(part: str, source: Iterator[Case], limit: int | None, worker: Worker) -> Iterator[Outcome]:
     if part == "generated":
-        cases = list(itertools.islice(source, limit or GENERATED))
+        total = limit or GENERATED
+        cases: Iterable[Case] = itertools.islice(source, total)
     else:
         cases = list(itertools.islice(source, limit))
+        total = len(cases)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        for case in progress.track(cases, description=part):
+        for case in progress.track(cases, total, description=part):
             outcome = worker.examine(case)
             for problem in outcome.problems:
                 progress.console.print(f"{part}/{case.name}: {problem}", markup=False)
