@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+import graphfold
 from corpus.cases import PARTS, ROOT, Case, files
 from corpus.examine import Outcome
 from corpus.worker import Worker
@@ -101,6 +102,7 @@ def _show(rows: list[list[str]], outcomes: Sequence[Outcome]) -> None:
     for row in rows:
         table.add_row(*row)
     Console(width=110).print(table)
+    sys.stdout.write(f"graphfold of {Path(graphfold.__file__).parent}\n")
     for outcome in outcomes:
         for problem in outcome.problems:
             sys.stdout.write(f"{outcome.part}/{outcome.name}: {problem}\n")
