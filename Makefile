@@ -7,7 +7,7 @@ STAMP := $(VENV)/.setup-stamp
 PEERS_VENV := .venv-peers
 PEERS_STAMP := $(PEERS_VENV)/.setup-stamp
 
-.PHONY: setup demo test lint types matrix benchmark-peers
+.PHONY: setup demo test lint types matrix corpus benchmark-peers
 
 setup: $(STAMP)
 
@@ -40,3 +40,7 @@ $(PEERS_STAMP): setup.cfg constraints.txt
 
 benchmark-peers: $(PEERS_STAMP)
 	$(PEERS_VENV)/bin/python benchmarks/optimizers.py $(ARGS)
+
+# Takes long; `make test` runs a sample.
+corpus: $(STAMP)
+	$(BIN)/python -m tests.corpus --record $(ARGS)

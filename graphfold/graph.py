@@ -189,7 +189,11 @@ class Graph:
         producer = value.producer()
         if producer is not None and is_op(producer, "Cast"):
             return ir.DataType(attribute(producer, "to"))
-        if is_op(producer, "Constant", "ConstantOfShape"):
+        if producer is not None and is_op(producer, "ConstantOfShape"):
+            # Its input is a shape, and says nothing of the type.
+            filling = producer.attributes.get("value")
+            return ir.DataType.FLOAT if filling is None else filling.as_tensor().dtype
+        if is_op(producer, "Constant"):
             constant = self.constant(value)
             return None if constant is None else ir.DataType.from_numpy(constant.dtype)
         return None

@@ -32,7 +32,7 @@ FLOAT_TYPES = frozenset(
 DEFAULT_EPSILON = 1e-5
 _OVERFLOWING = 1e30
 # Operators that fold into the convolution before them where their constants are per channel.
-PER_CHANNEL = ("BatchNormalization", "Add", "Sub", "Mul", "Div")
+PER_CHANNEL = ("BatchNormalization", "Add", "Sub", "Mul", "Div", "Neg")
 
 
 @dataclass(frozen=True)

@@ -225,10 +225,12 @@ def entry_rank_and_channels(graph: Graph, region: Region) -> tuple[int, int]:
     """Spatial rank and channels of a region's entry: from its shape, else from its weights.
 
     Raises:
-        NotExactError: neither says.
+        NotExactError: neither says, or there are no spatial axes for a convolution.
     """
     shape = graph.shape(region.entry)
-    if shape is not None and len(shape) >= 2 and isinstance(shape[1], int):
+    if shape is not None and len(shape) < 3:
+        raise NotExactError(f"{region.entry.name!r} has no spatial axes")
+    if shape is not None and isinstance(shape[1], int):
         return len(shape) - 2, shape[1]
     for node in region.nodes:
         if is_op(node, "Conv") and graph.is_constant(node.inputs[1]):

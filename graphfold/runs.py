@@ -35,7 +35,7 @@ from graphfold.rewrite import Work
 # leaves room for borders ranks them alike.
 NOMINAL_SIZE = 64
 # Operators that may lead to a convolution: one tensor in, the same channels out.
-_LEADING = (*PER_CHANNEL, "Neg", "Pad", "Identity", "Dropout")
+_LEADING = (*PER_CHANNEL, "Pad", "Identity", "Dropout")
 # How far ahead a piece may reach; kernels of longer merges grow beyond any use.
 _LONGEST_PIECE = 24
 
@@ -197,6 +197,21 @@ def _chain_from(work: Work, conv: ir.Node) -> Chain | None:
     rank = len(weight) - 2
     groups = attribute(conv, "group", 1)
     channels = (weight[1] if isinstance(weight[1], int) else 0) * groups
+    while True:
+        links = _links_from(work, first, rank, channels)
+        if any(link.node is conv for link in links):
+            return Chain(links)
+        # An operator in front that is not linear ends what leads to the convolution.
+        blocked = only_consumer(links[-1].node.outputs[0]) if links else first
+        behind = None if blocked is None or blocked is conv else only_consumer(blocked.outputs[0])
+        if behind is None:
+            return None
+        first = behind
+
+
+def _links_from(work: Work, first: ir.Node, rank: int, channels: int) -> tuple[Link, ...]:
+    """The linear operators from `first` on, each reading only the one before."""
+    graph = work.graph
     sources = variable_inputs(graph, first)
     sizes = graph.sizes(sources[0] if sources else None) or (None,) * rank
     nominal = tuple(NOMINAL_SIZE if size is None else size for size in sizes)
@@ -221,7 +236,7 @@ def _chain_from(work: Work, conv: ir.Node) -> Chain | None:
         )
         nominal = geometry.output_sizes(nominal)
         node = only_consumer(node.outputs[0])
-    return Chain(tuple(links)) if any(link.is_conv for link in links) else None
+    return tuple(links)
 
 
 def best_split(work: Work, chain: Chain) -> Split:

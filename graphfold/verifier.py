@@ -223,6 +223,7 @@ class _Job:
         try:
             outputs, feed, size = first_that_runs(session, given, seed)
         except ModelError as error:
+            # Also inputs of types that no random numbers are made for: sequences, float8.
             raise _CannotVerifyError(error.what) from None
         self.feeds = [feed]
         second = second_feed(session, given, size, seed, feed)

@@ -11,6 +11,7 @@ import pytest
 from builders import ModelBuilder, assert_same_function, nonzero, op_types
 from onnx import helper
 
+import graphfold
 from graphfold.graph import (
     Graph,
     attribute,
@@ -284,3 +285,15 @@ def test_new_initializers_are_named_after_the_tensor_and_known_by_shape():
     assert graph.shape(value) == (3, 1)
     assert graph.dtype(value) == ir.DataType.FLOAT
     np.testing.assert_array_equal(graph.constant(value), np.ones((3, 1)))
+
+
+def test_a_shape_says_nothing_of_the_type_of_what_is_filled_with_it():
+    build = ModelBuilder(["n", 3, 4, 5], dtype=np.float16)
+    filled = build.op("ConstantOfShape", build.op("Shape", build.op("Identity", "x")), out="f")
+    y = build.op("Cast", filled, to=onnx.TensorProto.FLOAT16, out="y")
+    proto = build.model(y)
+    del proto.graph.value_info[:]
+    graph = graph_of(proto)
+    value = next(each for node in graph.ir for each in node.outputs if each.name == "f")
+    assert graph.dtype(value) == ir.DataType.FLOAT
+    assert "Cast" in op_types(graphfold.optimize(proto).model)

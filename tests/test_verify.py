@@ -464,3 +464,17 @@ def test_differences_of_shape_and_infinity_are_infinite():
     assert difference([np.zeros(3)], []).max_abs == np.inf
     error = absolute_error(np.array([np.inf, np.nan, 1.0]), np.array([np.inf, np.nan, np.inf]))
     assert error.tolist() == [0.0, 0.0, np.inf]
+
+
+def test_inputs_that_no_numbers_are_made_for_leave_the_result_unverified():
+    sequence = helper.make_value_info(
+        "x", helper.make_sequence_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, [2]))
+    )
+    result = helper.make_tensor_value_info("y", TensorProto.INT64, [])
+    graph = helper.make_graph(
+        [helper.make_node("SequenceLength", ["x"], ["y"])], "g", [sequence], [result]
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    found = verify(load(proto), load(proto))
+    assert found.passed is None
+    assert "no inputs can be made for it" in found.reason

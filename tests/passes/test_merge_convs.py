@@ -590,3 +590,12 @@ def test_a_row_of_constants_as_long_as_there_are_channels_stays():
     build = ModelBuilder([1, 8, 9, 8])
     scaled = build.op("Mul", "x", build.constant(nonzero(build.rng, 8)))
     assert_left_alone(build.model(build.conv(scaled, 4, 3)))
+
+
+def test_what_leads_to_a_convolution_ends_at_an_operator_that_is_not_per_channel():
+    build = ModelBuilder([1, 4, 5, 6])
+    value = build.op("Mul", build.norm("x"), build.constant(nonzero(build.rng, 6)))
+    model = build.model(build.conv(build.norm(value), 3, 1, out="y"))
+    folded, _ = fold(model)
+    assert op_types(folded) == ["BatchNormalization", "Mul", "Conv"]
+    assert_same_function(model, folded)

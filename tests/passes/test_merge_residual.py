@@ -296,3 +296,9 @@ def test_any_sum_keeps_its_function(data: st.DataObject):
     model = build.model(value)
     folded, _ = fold(model, allow_growth=data.draw(st.booleans()))
     assert_same_function(model, folded)
+
+
+def test_matrices_have_no_axes_for_a_convolution():
+    build = ModelBuilder([5, 4])
+    build.op("Add", "x", "x", out="y")
+    assert left_alone(build.model("y"), allow_growth=True) == {"y": "'x' has no spatial axes"}
