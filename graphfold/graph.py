@@ -182,10 +182,11 @@ class Graph:
         return found
 
     def _own_dtype(self, value: ir.Value) -> ir.DataType | None:
-        if value.dtype not in (None, ir.DataType.UNDEFINED):
-            return value.dtype
+        # A declaration may contradict what it declares.
         if value.const_value is not None:
             return value.const_value.dtype
+        if value.dtype not in (None, ir.DataType.UNDEFINED):
+            return value.dtype
         producer = value.producer()
         if producer is not None and is_op(producer, "Cast"):
             return ir.DataType(attribute(producer, "to"))

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from graphfold.bounds import Coefficients
-from graphfold.errors import UsageError
+from graphfold.errors import NotExactError, UsageError
 from graphfold.graph import Graph, node_label
 from graphfold.maps import AffineMap
 from graphfold.plan import Boundary, nearest
@@ -178,7 +178,11 @@ class Pass(ABC):
 
     @abstractmethod
     def rewrite(self, work: Work, candidate: Any) -> Fold | None:
-        """Rewrite one candidate that `check` accepted; a Fold where operators were merged."""
+        """Rewrite one candidate that `check` accepted; a Fold where operators were merged.
+
+        Raises:
+            NotExactError: what only the numbers tell speaks against it; nothing was changed.
+        """
 
 
 def available_passes() -> dict[str, type[Pass]]:
@@ -276,7 +280,11 @@ def _sweep(each: Pass, work: Work, statistics: PassStatistics) -> bool:
         if reason is not None:
             statistics.skipped.append(Skip(each.label(candidate), reason, each.name))
             continue
-        fold = each.rewrite(work, candidate)
+        try:
+            fold = each.rewrite(work, candidate)
+        except NotExactError as error:
+            statistics.skipped.append(Skip(each.label(candidate), error.what, each.name))
+            continue
         changed = True
         statistics.applied += 1
         if fold is not None:

@@ -30,12 +30,12 @@ from graphfold.linear import (
     FLOAT_TYPES,
     PER_CHANNEL,
     Context,
-    constant_shape,
     conv_axes,
+    conv_weight_shape,
     linear_operator,
     variable_inputs,
 )
-from graphfold.merge import put_in_place, reach_of
+from graphfold.merge import check_finite, put_in_place, reach_of
 from graphfold.rewrite import Fold, Pass, Phase, Work, provenance, replaced_labels
 
 
@@ -97,9 +97,12 @@ class FoldBatchnorm(Pass):
         assert weight is not None
         assert dtype is not None
         bias = _bias(graph, conv, weight.shape[0]) * candidate.scale + candidate.shift
+        with np.errstate(over="ignore"):
+            scaled_weight = _scaled(weight, candidate.scale)
+        check_finite(weight, scaled_weight, bias.astype(dtype.numpy()))
         metadata = provenance((conv, *candidate.scaling), self.name)
         emitter = Emitter(graph, candidate.scaling[-1], self.label(candidate), metadata)
-        inputs = [conv.inputs[0], emitter.constant(_scaled(weight, candidate.scale))]
+        inputs = [conv.inputs[0], emitter.constant(scaled_weight)]
         if np.any(bias):
             inputs.append(emitter.constant(bias.astype(dtype.numpy())))
         result = emitter.node("Conv", inputs)
@@ -169,21 +172,18 @@ def _check_read_once(value: ir.Value, reader: ir.Node) -> None:
 
 def _scale_and_shift(graph: Graph, conv: ir.Node, node: ir.Node) -> tuple[Array, Array]:
     """Scale and shift per output channel; raises NotExactError with the reason."""
+    shape = conv_weight_shape(conv, graph)
     weight = conv.inputs[1]
-    if weight is None or not graph.is_constant(weight):
-        raise NotExactError(f"the weight of {node_label(conv)!r} is not a constant")
+    assert weight is not None
     dtype = graph.dtype(weight)
     if dtype not in FLOAT_TYPES:
         raise NotExactError(f"its weights are {dtype.name if dtype else 'of unknown type'}")
-    bias = conv.inputs[2] if len(conv.inputs) > 2 else None
-    if bias is not None and not graph.is_constant(bias):
-        raise NotExactError(f"the bias of {node_label(conv)!r} is not a constant")
+    _bias(graph, conv, shape[0])
     others = [each for each in variable_inputs(graph, node) if each is not node.inputs[0]]
     if is_op(node, "BatchNormalization") and others:
         raise NotExactError(
             f"{node_label(node)!r} reads {others[0].name!r}, which is not a constant"
         )
-    shape = constant_shape(graph, weight)
     rank, channels = len(shape) - 2, shape[0]
     affine = linear_operator(node, Context(graph, rank, channels, (None,) * rank)).build()
     return affine.weight.reshape(channels), affine.bias
@@ -204,8 +204,16 @@ def _scaled(weight: NDArray[Any], scale: Array) -> NDArray[Any]:
 
 
 def _bias(graph: Graph, conv: ir.Node, channels: int) -> Array:
-    bias = graph.constant(conv.inputs[2]) if len(conv.inputs) > 2 else None
-    return np.zeros(channels) if bias is None else bias.astype(np.float64)
+    """The bias [O]; raises NotExactError where it is not a constant of that shape."""
+    value = conv.inputs[2] if len(conv.inputs) > 2 else None
+    if value is None:
+        return np.zeros(channels)
+    bias = graph.constant(value)
+    if bias is None:
+        raise NotExactError(f"the bias of {node_label(conv)!r} is not a constant")
+    if bias.shape != (channels,):
+        raise NotExactError(f"{node_label(conv)!r} has {bias.shape} biases, not {channels}")
+    return bias.astype(np.float64)
 
 
 def _axes(graph: Graph, conv: ir.Node, kernel: tuple[int, ...]) -> tuple[Axis, ...] | None:
