@@ -38,6 +38,9 @@ from graphfold.linear import (
 from graphfold.merge import check_finite, put_in_place, reach_of
 from graphfold.rewrite import Fold, Pass, Phase, Work, provenance, replaced_labels
 
+# No sum of weights below this holds one that float16 could not.
+_SURELY_FINITE = 6e4
+
 
 @dataclass(frozen=True)
 class _Series:
@@ -97,9 +100,11 @@ class FoldBatchnorm(Pass):
         assert weight is not None
         assert dtype is not None
         bias = _bias(graph, conv, weight.shape[0]) * candidate.scale + candidate.shift
+        known = _coefficients(weight, candidate.scale, bias)
         with np.errstate(over="ignore"):
             scaled_weight = _scaled(weight, candidate.scale)
-        check_finite(weight, scaled_weight, bias.astype(dtype.numpy()))
+            if not known.gain + known.offset < _SURELY_FINITE:
+                check_finite(weight, scaled_weight, bias.astype(dtype.numpy()))
         metadata = provenance((conv, *candidate.scaling), self.name)
         emitter = Emitter(graph, candidate.scaling[-1], self.label(candidate), metadata)
         inputs = [conv.inputs[0], emitter.constant(scaled_weight)]
@@ -109,7 +114,7 @@ class FoldBatchnorm(Pass):
         made = result.producer()
         assert made is not None
         made.attributes.update(conv.attributes)
-        fold = _record(graph, candidate, weight, bias, metadata, self.name)
+        fold = _record(graph, candidate, weight.shape, known, metadata, self.name)
         axes = _axes(graph, conv, weight.shape[2:])
         affine = None
         if work.affines is not None and axes is not None:
@@ -227,20 +232,19 @@ def _axes(graph: Graph, conv: ir.Node, kernel: tuple[int, ...]) -> tuple[Axis, .
 def _record(
     graph: Graph,
     series: _Series,
-    weight: NDArray[Any],
-    bias: Array,
+    shape: tuple[int, ...],
+    coefficients: Coefficients,
     metadata: dict[str, str],
     name: str,
 ) -> Fold:
-    conv, kernel = series.conv, tuple(weight.shape[2:])
+    conv, kernel = series.conv, tuple(shape[2:])
     axes = _axes(graph, conv, kernel)
     groups = attribute(conv, "group", 1)
-    rows = np.abs(weight).sum(axis=tuple(range(1, weight.ndim)), dtype=np.float64)
     sizes = [size for size in graph.sizes(conv.inputs[0]) or () if size is not None]
     macs = None
     if axes is not None and len(sizes) == len(axes):
         pixels = [axis.output_size(size) for axis, size in zip(axes, sizes, strict=True)]
-        macs = math.prod(weight.shape) * math.prod(pixels)
+        macs = math.prod(shape) * math.prod(pixels)
     return Fold(
         output=series.output.name or "",
         replaces=replaced_labels(metadata),
@@ -254,9 +258,15 @@ def _record(
         pass_name=name,
         macs=None if macs is None else (macs, macs),
         input=None if conv.inputs[0] is None else conv.inputs[0].name,
-        coefficients=Coefficients(
-            terms=math.prod(weight.shape[1:]) + 1,
-            gain=float((rows * np.abs(series.scale)).max()),
-            offset=float(np.abs(bias).max()),
-        ),
+        coefficients=coefficients,
+    )
+
+
+def _coefficients(weight: NDArray[Any], scale: Array, bias: Array) -> Coefficients:
+    rows = np.abs(weight).sum(axis=tuple(range(1, weight.ndim)), dtype=np.float64)
+    return Coefficients(
+        terms=math.prod(weight.shape[1:]) + 1,
+        # A row that is not finite must not vanish behind a scale of zero.
+        gain=float((rows * np.abs(scale)).max(initial=0.0)) + 0.0 * float(rows.max(initial=0.0)),
+        offset=float(np.abs(bias).max(initial=0.0)),
     )
