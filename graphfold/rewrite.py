@@ -239,19 +239,22 @@ def run_passes(
     """
     chosen = [each for each in passes if each.phase is phase]
     statistics = [PassStatistics(each.name) for each in chosen]
-    rewrites = 0
-    # How many rewrites each pass has seen: without a new one it would find nothing again.
-    seen = [-1] * len(chosen)
+    graph, rewrites = work.graph, 0
+    # What each pass has seen: without new rewrites or shapes it would find nothing again.
+    seen: list[tuple[int, int] | None] = [None] * len(chosen)
     for _ in range(_MOST_SWEEPS):
-        before = rewrites
+        before = (rewrites, graph.shapes_version)
         for number, (each, counts) in enumerate(zip(chosen, statistics, strict=True)):
-            if seen[number] == rewrites:
+            if seen[number] == (rewrites, graph.shapes_version):
                 continue
             if progress is not None:
                 progress(each.name, number, len(chosen))
             rewrites += _run_to_fixed_point(each, work, counts)
-            seen[number] = rewrites
-        if rewrites == before or phase is not Phase.FOLD:
+            seen[number] = (rewrites, graph.shapes_version)
+        if phase is not Phase.FOLD:
+            return statistics
+        settled = before == (rewrites, graph.shapes_version)
+        if settled and not (rewrites and graph.has_open_shapes() and graph.refine_shapes()):
             return statistics
     raise RuntimeError(f"the passes {', '.join(each.name for each in chosen)} do not settle")
 
