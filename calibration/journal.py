@@ -45,6 +45,7 @@ class Journal:
 
     def _open(self, path: Path, header: Mapping[str, Any]) -> None:
         self._file = path.open("a+b")
+        _lock(self._file, path)
         self._file.seek(0)
         text = self._file.read()
         whole = text[: text.rfind(b"\n") + 1]
@@ -57,24 +58,19 @@ class Journal:
             self.close()
             raise _not_continued(path, lines[0], header)
         for line in lines[1:]:
-            self.entries[line["key"]] = line["value"]
+            self.entries.update(line)
 
-    @property
-    def continues(self) -> bool:
-        """Whether there is anything of an earlier run."""
-        return bool(self.entries)
-
-    def add(self, key: str, value: Any) -> None:
-        """Keep a measurement, on disk when this returns.
+    def add(self, measurements: Mapping[str, Any]) -> None:
+        """Keep measurements, by key; they are on disk together when this returns.
 
         Raises:
             OutputError: the file cannot be written.
         """
-        self.entries[key] = value
+        self.entries.update(measurements)
         if self._file is None:
             return
         try:
-            self._write({"key": key, "value": value})
+            self._write(measurements)
         except OSError as error:
             raise output_error(error, self.path or "") from error
 
@@ -102,6 +98,21 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Keep others off the journal as long as this process lives, where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UsageError(
+            "another profile is writing it", where=str(path), hint="wait for it, or stop it"
+        ) from None
 
 
 def _documents(text: bytes, path: Path) -> Iterator[dict[str, Any]]:

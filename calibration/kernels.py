@@ -16,7 +16,6 @@ import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,6 @@ from graphfold.runtime import Runnable, Session
 
 _HALF_MICROSECOND = 0.0005
 _OWN = re.compile(r"(?:^|/)part(\d+)/(own|front|back)/")
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """One snippet's kernels in one run, in milliseconds, and their number."""
-
-    milliseconds: float
-    count: int
 
 
 class Batch:
@@ -137,8 +128,8 @@ def profile_batch(
     threads: int,
     provider: str,
     between: Callable[[Callable[[], object]], None],
-) -> list[dict[int, Kernels]]:
-    """Times of all snippets of a batch in every run.
+) -> list[dict[int, float]]:
+    """Milliseconds of every snippet of a batch, by number, in every run.
 
     Args:
         batch: the snippets.
@@ -165,7 +156,7 @@ def profile_batch(
     return list(attribute_kernels(events))[1:]
 
 
-def attribute_kernels(events: Iterable[Mapping[str, Any]]) -> Iterator[dict[int, Kernels]]:
+def attribute_kernels(events: Iterable[Mapping[str, Any]]) -> Iterator[dict[int, float]]:
     """Which snippet's kernels took how long, per run, from onnxruntime's trace events.
 
     A change of layout belongs to the snippet whose tensor it changes: of what was computed last,
@@ -180,7 +171,7 @@ def attribute_kernels(events: Iterable[Mapping[str, Any]]) -> Iterator[dict[int,
             found = []
 
 
-def _per_snippet(events: Sequence[Mapping[str, Any]]) -> dict[int, Kernels]:
+def _per_snippet(events: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     parts = [_OWN.search(str(event["name"])) for event in events]
     times: defaultdict[int, list[float]] = defaultdict(list)
     for index, event in enumerate(events):
@@ -195,12 +186,10 @@ def _per_snippet(events: Sequence[Mapping[str, Any]]) -> dict[int, Kernels]:
             foreign = "" if part[2] == "own" else part[2]
         if part is not None and part[2] != foreign:
             times[int(part[1])].append(float(event["dur"]) / 1000 + _HALF_MICROSECOND)
-    return {number: Kernels(sum(values), len(values)) for number, values in times.items()}
+    return {number: sum(values) for number, values in times.items()}
 
 
-def _nearest(
-    parts: Sequence[re.Match[str] | None], index: int, step: int
-) -> re.Match[str] | None:
+def _nearest(parts: Sequence[re.Match[str] | None], index: int, step: int) -> re.Match[str] | None:
     index += step
     while 0 <= index < len(parts):
         if parts[index] is not None:

@@ -125,11 +125,6 @@ class Snippet:
         makers = (maker(item) for item in self.inputs) if self.is_fusible else ()
         return (self, *makers)
 
-    def value(self, measured: Mapping[str, float]) -> float:
-        """Its own share of what was measured, by digest."""
-        own, *makers = (measured[part.digest] for part in self.measured_parts())
-        return own - sum(makers)
-
     @cached_property
     def weight_bytes(self) -> int:
         """Of its weights in float32."""
@@ -358,9 +353,7 @@ def _explicit(node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]) -> on
         "strides": [1] * rank,
     }
     found.attribute.extend(
-        helper.make_attribute(name, value)
-        for name, value in defaults.items()
-        if name not in stated
+        helper.make_attribute(name, value) for name, value in defaults.items() if name not in stated
     )
     found.attribute.sort(key=lambda attribute: attribute.name)
     return found
