@@ -101,7 +101,7 @@ class Journal:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """Keep others off the journal as long as this process lives, where the system has such locks."""
+    """Keep others off the journal while this process lives, where the system can."""
     try:
         import fcntl
     except ImportError:

@@ -30,8 +30,9 @@ from graphfold.sites import Sites
 
 Shape = tuple[int, ...]
 
-# Smaller constants are settings of an operator (the limits of a Clip), larger ones are weights.
+# Small constants are settings (the limits of a Clip), except those of operators with weights.
 _LARGEST_SETTING = 16
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "PRelu"})
 # Elements that pass through memory in the time of one multiply-add, as a share of it.
 _MACS_PER_ELEMENT = 32
 _HOPELESS = 4
@@ -257,7 +258,12 @@ class Snippets:
         protos = [ir.to_proto(node) for node in nodes if not _is_constant(self.graph, node)]
         if fold:
             protos, constants = self._folded(protos, inputs, output, constants)
-        settings = {k: v for k, v in constants.items() if v.size <= _LARGEST_SETTING}
+        weighted = {name for node in protos if node.op_type in _WEIGHTED for name in node.input}
+        settings = {
+            name: value
+            for name, value in constants.items()
+            if value.size <= _LARGEST_SETTING and name not in weighted
+        }
         weights = tuple(
             Tensor(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
             for name, value in constants.items()

@@ -17,8 +17,8 @@ from graphfold import specs
 from graphfold.calibration.kernels import (
     Batch,
     interquartile_range,
-    middle_mean,
     profile_batch,
+    undisturbed,
 )
 from graphfold.calibration.latency import cpu_name
 from graphfold.calibration.snippets import Shape, Snippet, maker
@@ -139,12 +139,8 @@ class DeviceTimer:
         """Time snippets against the whole network, see `Timer`."""
         measure = self._with_profiler if self._kernels else self._one_by_one
         runs, wholes = measure(parts, opsets, rounds, seconds)
-        columns = zip(*runs, strict=True)
-        samples = [
-            _sample([part / whole for part, whole in zip(column, wholes, strict=True)])
-            for column in columns
-        ]
-        return samples, middle_mean(wholes)
+        samples = [_sample(column, wholes) for column in zip(*runs, strict=True)]
+        return samples, undisturbed(wholes)
 
     def _with_profiler(
         self,
@@ -194,7 +190,7 @@ class DeviceTimer:
         while len(wholes) < rounds:
             run()
             after = self._time_whole()
-            wholes.append((before + after) / 2)
+            wholes.append(min(before, after))
             before = after
             passed = time.perf_counter() - begin
             if seconds is not None and len(wholes) >= _FEWEST_ROUNDS and passed > seconds:
@@ -211,18 +207,17 @@ class DeviceTimer:
         run = self._session(other).prepared(self._feed)
         seconds = [min(_timed(each) for _ in range(_WARM_UP_RUNS)) for each in (self._whole, run)]
         repeats = [max(1, round(_COMPARED_SECONDS / max(each, 1e-6))) for each in seconds]
-        ratios = []
+        wholes, others = [], []
         for _ in range(_COMPARED_ROUNDS):
-            whole, own = (
-                _median_seconds(each, count)
-                for each, count in zip((self._whole, run), repeats, strict=True)
-            )
-            ratios.append(own / whole)
-        return _sample(ratios)
+            wholes.append(_repeated(self._whole, repeats[0]))
+            others.append(_repeated(run, repeats[1]))
+        return _sample(others, wholes)
 
 
-def _sample(ratios: Sequence[float]) -> Sample:
-    return Sample(middle_mean(ratios), interquartile_range(ratios))
+def _sample(parts: Sequence[float], wholes: Sequence[float]) -> Sample:
+    """Latency and spread in units of the whole network, timed in the same rounds."""
+    ratios = [part / whole for part, whole in zip(parts, wholes, strict=True)]
+    return Sample(undisturbed(parts) / undisturbed(wholes), interquartile_range(ratios))
 
 
 def _made(part: Snippet) -> list[Snippet]:
@@ -230,9 +225,9 @@ def _made(part: Snippet) -> list[Snippet]:
     return [] if part.at_input else [maker(item) for item in part.inputs if item.is_image]
 
 
-def _median_seconds(run: Run, count: int) -> float:
+def _repeated(run: Run, count: int) -> float:
     run()
-    return middle_mean([_timed(run) for _ in range(count)])
+    return undisturbed([_timed(run) for _ in range(count)])
 
 
 def _milliseconds(run: Run | None) -> float:
