@@ -59,7 +59,7 @@ class Batch:
 
     def feed(self) -> dict[str, NDArray[Any]]:
         """Random values for its inputs."""
-        return {item.name: random_weight(item) for item in self._inputs.values()}
+        return {item.name: random_weight(item, item.name) for item in self._inputs.values()}
 
     def _add(self, part: str, snippet: Snippet) -> None:
         # Of what is fused with the operator before, the two are counted together.
@@ -68,7 +68,8 @@ class Batch:
         for index, item in enumerate(snippet.inputs):
             names[item.name] = self._source(f"{part}/{role}/in{index}", item, snippet.at_input)
         for item in snippet.weights:
-            names[item.name] = self._constant(f"{part}/{item.name}", random_weight(item))
+            name = f"{part}/{item.name}"
+            names[item.name] = self._constant(name, random_weight(item, name))
         for name, value in snippet.settings.items():
             names[name] = self._constant(f"{part}/{name}", value)
         for index, node in enumerate(snippet.nodes):
@@ -93,7 +94,7 @@ class Batch:
         if at_input or not tensor.is_image:
             return self._input(tensor)
         few = self._input(maker(tensor).inputs[0])
-        weight = random_weight(maker(tensor).weights[0])
+        weight = random_weight(maker(tensor).weights[0], name)
         constant = self._constant(f"{name}/w", weight)
         self._nodes.append(
             helper.make_node("Conv", [few, constant], [name], f"{name}/conv", kernel_shape=[1, 1])

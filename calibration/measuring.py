@@ -17,7 +17,9 @@ _MOST_BYTES_IN_A_BATCH = 1 << 26
 _ROUNDS = 20
 _TRIES = 3
 # A spread that is less than this share of the network says nothing about any plan.
-_NEGLIGIBLE = 0.001
+_NEGLIGIBLE = 0.003
+# Long operators are steady in fewer rounds: no batch needs more time than this.
+_LONGEST_SECONDS = 10.0
 
 
 class Measuring:
@@ -81,12 +83,12 @@ class Measuring:
                 samples[index] = min(samples[index], sample, key=lambda each: each.spread)
         return samples, whole
 
-    def _share_of_time(self, parts: Sequence[Snippet]) -> float | None:
+    def _share_of_time(self, parts: Sequence[Snippet]) -> float:
         if self._budget is None:
-            return None
+            return _LONGEST_SECONDS
         left = self._budget - (time.monotonic() - self._started)
         share = sum(part.cost for part in parts) / max(self._cost - self._cost_done, 1.0)
-        return max(0.0, left * share)
+        return min(max(0.0, left * share), _LONGEST_SECONDS)
 
     def _is_late(self) -> bool:
         if self._budget is None:

@@ -21,7 +21,7 @@ from graphfold import __version__
 from graphfold.calibration.journal import Journal
 from graphfold.calibration.latency import LARGEST_SPREAD
 from graphfold.calibration.measuring import Measuring, Progress, is_unsteady
-from graphfold.calibration.snippets import Snippet, Snippets, is_hopeless
+from graphfold.calibration.snippets import Snippet, Snippets, amounts, is_hopeless
 from graphfold.calibration.timing import DeviceTimer, Sample, Settings, Timer
 from graphfold.calibration.wholes import find_fastest, fold_fastest, scale_of
 from graphfold.candidates import Candidates, find_candidates
@@ -159,7 +159,12 @@ def profile_model(
     graph = Graph(model)
     candidates = find_candidates(graph)
     cuts = cut_layout(candidates)
-    snippets = Snippets(graph, candidates.sites, resolved_shapes(graph, timer.input_shapes))
+    snippets = Snippets(
+        graph,
+        candidates.sites,
+        resolved_shapes(graph, timer.input_shapes),
+        amounts(graph, cuts.steps, timer.input_shapes),
+    )
     entries = _entries(candidates, cuts, snippets)
     header = _header(model, settings, timer)
     distinct = _distinct(entry.snippet for entry in entries.every)
@@ -328,9 +333,9 @@ def _scale(
 def _unsteady(shares: Sequence[tuple[Row, Sample]]) -> Iterator[str]:
     unsteady = [(row, share) for row, share in shares if is_unsteady(share)]
     if unsteady:
-        row, share = max(unsteady, key=lambda pair: pair[1].spread / max(pair[1].ratio, 1e-9))
+        row, share = max(unsteady, key=lambda pair: pair[1].spread)
         yield (
             f"{len(unsteady)} of {len(shares)} latencies spread by more than "
             f"{100 * LARGEST_SPREAD:.0f} %, from {row.input!r} to {row.output!r} by "
-            f"{100 * share.spread / max(share.ratio, 1e-9):.0f} %: measure on a quieter machine"
+            f"{100 * share.spread:.1f} % of the whole network: measure on a quieter machine"
         )

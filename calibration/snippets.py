@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +27,9 @@ from graphfold.cuts import Step
 from graphfold.errors import UsageError
 from graphfold.graph import Graph, TensorShape
 from graphfold.linear import variable_inputs
+from graphfold.runtime import Runnable, Session
 from graphfold.sites import Sites
+from graphfold.specs import Filling, random_inputs
 
 Shape = tuple[int, ...]
 
@@ -155,9 +158,12 @@ def maker(tensor: Tensor) -> Snippet:
     return Snippet((node,), (source,), output, weights=(weight,), at_input=True)
 
 
-def random_weight(tensor: Tensor) -> NDArray[Any]:
-    """Random numbers that keep activations near one: no overflow and no denormal numbers."""
-    rng = np.random.default_rng(math.prod(tensor.shape))
+def random_weight(tensor: Tensor, name: str) -> NDArray[Any]:
+    """Random numbers that keep activations near one: no overflow and no denormal numbers.
+
+    Other numbers for every name, lest the runtime take equal operators for one.
+    """
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
     scale = 1 / math.sqrt(max(1, math.prod(tensor.shape[1:])))
     dtype = helper.tensor_dtype_to_np_dtype(tensor.dtype)
     return (scale * rng.standard_normal(tensor.shape, dtype=np.float32)).astype(dtype)
@@ -170,10 +176,18 @@ class Snippets:
         graph: the network.
         sites: its activation and conv sites.
         shapes: of all its tensors, complete.
+        values: of tensors that no data but the model itself decides (amounts to pad by), by name.
     """
 
-    def __init__(self, graph: Graph, sites: Sites, shapes: Mapping[str, TensorShape]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        sites: Sites,
+        shapes: Mapping[str, TensorShape],
+        values: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
         self.graph = graph
+        self._values = values or {}
         self._shapes = shapes
         self._after = {site.input: site for site in sites.activations}
         self._inputs = set(graph.ir.inputs)
@@ -192,7 +206,7 @@ class Snippets:
             value
             for node in nodes
             for value in variable_inputs(self.graph, node)
-            if value not in inside
+            if value not in inside and value.name not in self._values
         )
         return self._snippet(tuple(sources), nodes, nodes[-1].outputs[0], fold=True)
 
@@ -253,7 +267,7 @@ class Snippets:
             value.name or "": constant
             for node in nodes
             for value in node.inputs
-            if value is not None and (constant := self.graph.constant(value)) is not None
+            if value is not None and (constant := self._constant(value)) is not None
         }
         protos = [ir.to_proto(node) for node in nodes if not _is_constant(self.graph, node)]
         if fold:
@@ -262,7 +276,7 @@ class Snippets:
         settings = {
             name: value
             for name, value in constants.items()
-            if value.size <= _LARGEST_SETTING and name not in weighted
+            if name not in weighted and (value.size <= _LARGEST_SETTING or value.dtype.kind != "f")
         }
         weights = tuple(
             Tensor(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
@@ -278,6 +292,10 @@ class Snippets:
             at_input=any(value in self._inputs for value in sources),
             at_output=target.is_graph_output(),
         )
+
+    def _constant(self, value: ir.Value) -> NDArray[Any] | None:
+        found = self._values.get(value.name or "")
+        return self.graph.constant(value) if found is None else found
 
     def _folded(
         self,
@@ -321,6 +339,36 @@ class Snippets:
                 hint="--input-shape fixes the sizes of inputs",
             )
         return Tensor(name, int(dtype), sizes)
+
+
+def amounts(
+    graph: Graph, steps: Sequence[Step], input_shapes: Mapping[str, Shape]
+) -> dict[str, NDArray[Any]]:
+    """Integers that steps are given by operators around them: sizes and positions, not data.
+
+    Raises:
+        RunError: onnxruntime cannot run the model.
+    """
+    names = [
+        value.name
+        for step in steps
+        for node in step.nodes
+        for value in variable_inputs(graph, node)
+        if value.name and not _is_float(graph, value)
+    ]
+    if not names:
+        return {}
+    with Runnable(graph.model) as runnable:
+        session = Session(runnable, optimize=False, extra_outputs=names)
+    rng = np.random.default_rng(0)
+    sizes = {name: tuple(shape) for name, shape in input_shapes.items()}
+    found = session.run(random_inputs(session.inputs, sizes, Filling(), rng))
+    return {name: found[name] for name in names if name in found}
+
+
+def _is_float(graph: Graph, value: ir.Value) -> bool:
+    dtype = graph.dtype(value)
+    return dtype is None or dtype.is_floating_point()
 
 
 def is_hopeless(snippet: Snippet, replaced: Sequence[Snippet]) -> bool:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from graphfold.model import Model
 
 _CPU = "CPUExecutionProvider"
-_FEWEST_ROUNDS = 5
+_FEWEST_ROUNDS = 4
 # A longer network fills the caches by itself in one run.
 _SHORT_SECONDS = 0.05
 _WARM_UP_RUNS = 3
@@ -72,9 +72,9 @@ class Timer(Protocol):
         parts: Sequence[Snippet],
         opsets: Mapping[str, int],
         rounds: int,
-        seconds: float | None,
+        seconds: float,
     ) -> tuple[list[Sample], float]:
-        """Time snippets, in so many rounds or fewer where seconds are given.
+        """Time snippets, in so many rounds or fewer when the seconds are over.
 
         Returns:
             a sample of each, and the whole network's milliseconds meanwhile.
@@ -134,7 +134,7 @@ class DeviceTimer:
         parts: Sequence[Snippet],
         opsets: Mapping[str, int],
         rounds: int,
-        seconds: float | None,
+        seconds: float,
     ) -> tuple[list[Sample], float]:
         """Time snippets against the whole network, see `Timer`."""
         measure = self._with_profiler if self._kernels else self._one_by_one
@@ -147,7 +147,7 @@ class DeviceTimer:
         parts: Sequence[Snippet],
         opsets: Mapping[str, int],
         rounds: int,
-        seconds: float | None,
+        seconds: float,
     ) -> tuple[list[list[float]], list[float]]:
         wholes: list[float] = []
         runs = profile_batch(
@@ -163,7 +163,7 @@ class DeviceTimer:
         parts: Sequence[Snippet],
         opsets: Mapping[str, int],
         rounds: int,
-        seconds: float | None,
+        seconds: float,
     ) -> tuple[list[list[float]], list[float]]:
         pairs = [(self._runs([part], opsets), self._runs(_made(part), opsets)) for part in parts]
         runs: list[list[float]] = []
@@ -182,7 +182,7 @@ class DeviceTimer:
         session.run(batch.feed())
         return session.prepared(batch.feed())
 
-    def _alternate(self, run: Run, rounds: int, seconds: float | None) -> list[float]:
+    def _alternate(self, run: Run, rounds: int, seconds: float) -> list[float]:
         """Run something between runs of the network; its milliseconds around each time."""
         wholes: list[float] = []
         begin = time.perf_counter()
@@ -193,7 +193,7 @@ class DeviceTimer:
             wholes.append(min(before, after))
             before = after
             passed = time.perf_counter() - begin
-            if seconds is not None and len(wholes) >= _FEWEST_ROUNDS and passed > seconds:
+            if len(wholes) >= _FEWEST_ROUNDS and passed > seconds:
                 break
         return wholes
 

@@ -50,7 +50,7 @@ class FakeTimer:
         parts: Sequence[Snippet],
         opsets: Mapping[str, int],
         rounds: int,
-        seconds: float | None,
+        seconds: float,
     ) -> tuple[list[Sample], float]:
         time.sleep(self.pause)
         self.seen += [part.digest for part in parts]
