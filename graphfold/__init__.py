@@ -11,16 +11,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import os
+
     from numpy.typing import NDArray
 
     from graphfold.calibration.latency import LatencyComparison
+    from graphfold.calibration.profile import Profile
     from graphfold.inspection import Inspection
     from graphfold.optimizer import Result
     from graphfold.plan import PlanSource
     from graphfold.rewrite import Progress
     from graphfold.verification import Verification
 
-__all__ = ["bench", "inspect", "optimize", "verify"]
+__all__ = ["bench", "inspect", "optimize", "profile", "verify"]
 
 
 def optimize(
@@ -173,3 +176,22 @@ def bench(models: Sequence[Any], **options: Any) -> LatencyComparison:
     from graphfold.optimizer import load_any
 
     return compare([load_any(model) for model in models], **options)
+
+
+def profile(model: Any, output: str | os.PathLike[str] | None = None, **options: Any) -> Profile:
+    """Measure a model's latency table, see `graphfold.calibration.profile.profile_model`.
+
+    Args:
+        model: in any form that `optimize` takes.
+        output: where to write the table; an interrupted run continues from the journal beside it.
+        options: provider, threads, batch, dtype, input_shapes, time_budget, progress.
+
+    Raises:
+        ModelError, UsageError, OutputError: bad input, or an output that cannot be written.
+    """
+    from pathlib import Path
+
+    from graphfold.calibration.profile import profile_model
+    from graphfold.optimizer import load_any
+
+    return profile_model(load_any(model), None if output is None else Path(output), **options)

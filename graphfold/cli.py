@@ -33,6 +33,7 @@ from graphfold.terminal import (
     INTERRUPTED,
     STDIO,
     Terminal,
+    check_output,
     interruptible,
     read_stdin,
     reserved_stdout,
@@ -383,6 +384,78 @@ def _bench(
         for text in found.warnings:
             terminal.warn(text)
         terminal.show(found.to_json, found.tables())
+
+
+@app.command(
+    "profile",
+    epilog="Interrupt it at any time: with the same arguments it continues from OUT.partial.\n\n"
+    "Examples:\n\ngraphfold profile model.onnx -o latency.json\n\n"
+    "graphfold profile model.onnx -o latency.json --threads 4 --time-budget 120",
+)
+def _profile(
+    model: ModelArgument,
+    out: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="Where to write the table.", show_default=False
+        ),
+    ],
+    provider: Annotated[
+        str, typer.Option("--provider", help="onnxruntime execution provider.")
+    ] = "CPUExecutionProvider",
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, help="Intra-op threads of each session.")
+    ] = 1,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Images at once, where the model leaves it open.")
+    ] = 1,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="In which convolutions are computed.")
+    ] = "float32",
+    time_budget: Annotated[
+        float | None,
+        typer.Option(
+            "--time-budget",
+            metavar="SECONDS",
+            min=1.0,
+            help="Time that measuring operators may take; fewer rounds where it is short.",
+            show_default=False,
+        ),
+    ] = None,
+    input_shape: ShapeOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure the latency table of a model on this device; resumable."""
+    del debug
+    output = Path(out)
+    inputs = [] if model == STDIO else [Path(model)]
+    if out == STDIO:
+        raise UsageError("the table cannot go to stdout", hint="give a file: -o latency.json")
+    check_output(output, inputs=inputs, option="--output")
+    with _terminal(as_json, quiet) as terminal:
+        import graphfold
+        from graphfold.model import load
+
+        found = graphfold.profile(
+            load(_source(model)),
+            output,
+            provider=provider,
+            threads=threads,
+            batch=batch,
+            dtype=dtype,
+            time_budget=time_budget,
+            input_shapes=_shapes(input_shape),
+            progress=terminal.progress,
+        )
+        terminal.close()
+        for text in found.warnings:
+            terminal.warn(text)
+        if found.continued:
+            terminal.note(f"continued: {found.continued} operators were measured before")
+        terminal.show(found.to_json, found.tables())
+        terminal.note(f"wrote {out}")
 
 
 @app.command(

@@ -1,0 +1,161 @@
+"""Whether a latency table tells the truth: predicted against measured speedup of folded networks.
+
+For each network: its table by `graphfold profile`, ten plans across the frontier (importance:
+the number of activations and convolutions that stay), and all folded networks measured against
+the original in one interleaved run.
+
+Run it as `python benchmarks/prediction.py` on a machine that does nothing else.
+"""
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+import common
+
+from graphfold.assembly import assemble_plan
+from graphfold.calibration.latency import compare
+from graphfold.calibration.profile import profile_model
+from graphfold.candidates import Candidates, find_candidates
+from graphfold.cuts import choice_row, cut_layout
+from graphfold.graph import Graph
+from graphfold.importance import Change, Whole, data_free
+from graphfold.layout import Layout
+from graphfold.measures import (
+    ImportanceHeader,
+    ImportanceRow,
+    ImportanceTable,
+    LatencyTable,
+    join,
+    read_latency,
+)
+from graphfold.methods import Pieces, solve
+from graphfold.model import Model, load
+from graphfold.optimizer import optimize_model
+from graphfold.solver import Frontier, Solution
+
+COMMAND = "python benchmarks/prediction.py"
+MODELS = {
+    "MobileNetV2-1.0": "mobilenetv2_tv_bn.onnx",
+    "EfficientNet-Lite0": "efficientnet_lite0_bn.onnx",
+}
+PLANS = 10
+
+
+def importances(candidates: Candidates, latencies: LatencyTable) -> ImportanceTable:
+    """Uniform importances of the choices that the latency table has."""
+    measured = {row.key for row in latencies.rows}
+    rows, changes = [], []
+    for candidate in candidates.found:
+        for choice in candidate.choices:
+            row = choice_row(candidate, choice)
+            if row.key in measured:
+                rows.append(row)
+                changes.append(Change(len(candidate.activations), len(choice.removed_convs)))
+    sites = candidates.sites
+    whole = Whole(len(sites.activations), len(sites.convs), 0, 0.0)
+    values = data_free("uniform", changes, whole)
+    return ImportanceTable(
+        header=ImportanceHeader(created_by="benchmarks/prediction.py", method="uniform"),
+        no_change=0.0,
+        rows=tuple(
+            ImportanceRow(**row.model_dump(exclude_none=True), value=value)
+            for row, value in zip(rows, values, strict=True)
+        ),
+    )
+
+
+def across(frontier: Frontier[Pieces], count: int) -> list[Solution[Pieces]]:
+    """Solutions spread evenly in latency from the fastest up; the original is not among them."""
+    low, high = float(frontier.latency[0]), float(frontier.latency[-1])
+    targets = [low + (high - low) * index / count for index in range(count)]
+    chosen = {min(range(len(frontier) - 1), key=lambda i: abs(frontier.latency[i] - t))
+              for t in targets}  # fmt: skip
+    return [frontier[index] for index in sorted(chosen)]
+
+
+def folded(model: Model, solution: Solution[Pieces], layout: Layout) -> Model:
+    plan = assemble_plan(solution, layout, boundary="hoist")
+    return optimize_model(model, plan, verify=False).folded
+
+
+def examine(
+    model: Model, latencies: LatencyTable, whole: float, seconds: float, rounds: int
+) -> list[dict[str, float]]:
+    """Predicted and measured speedups of plans across the frontier."""
+    candidates = find_candidates(Graph(model))
+    layout = cut_layout(candidates).layout
+    frontier = solve(join(latencies, importances(candidates, latencies)), layout)
+    solutions = across(frontier, PLANS)
+    networks = [folded(model, solution, layout) for solution in solutions]
+    measured = compare([model, *networks], rounds=rounds, seconds=seconds)
+    found = []
+    for solution, result in zip(solutions, measured.models[1:], strict=True):
+        predicted = whole / (solution.latency + latencies.rest)
+        found.append(
+            {
+                "segments": sum(not row.unchanged for pieces in solution.choices for row in pieces),
+                "predicted_ms": solution.latency + latencies.rest,
+                "predicted": predicted,
+                "measured_ms": result.median,
+                "measured": result.speedup,
+                "measured_spread": result.speedup_spread,
+                "error": predicted / result.speedup - 1,
+            }
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", type=Path, default=common.ROOT.parent / "shared" / "models")
+    parser.add_argument("--seconds", type=float, default=40.0)
+    parser.add_argument("--rounds", type=int, default=30)
+    options = parser.parse_args()
+    parts, data = [], []
+    for name, file in MODELS.items():
+        model = load(options.models / file)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "latency.json"
+            profile = profile_model(model, path)
+            latencies = read_latency(path)
+        found = examine(model, latencies, profile.whole, options.seconds, options.rounds)
+        errors = [abs(item["error"]) for item in found]
+        rows = [
+            [
+                str(item["segments"]),
+                f"{item['predicted_ms']:.2f}",
+                f"{item['predicted']:.3f}x",
+                f"{item['measured']:.3f}x",
+                f"{100 * item['measured_spread']:.1f} %",
+                f"{100 * item['error']:+.1f} %",
+            ]
+            for item in found
+        ]
+        columns = ["segments changed", "predicted ms", "predicted", "measured", "its spread",
+                   "error"]  # fmt: skip
+        parts += [
+            f"## {name}",
+            f"{profile.whole:.2f} ms, {len(latencies.rows)} rows, {profile.distinct} different "
+            f"operators; error {100 * statistics.median(errors):.1f} % in the median, "
+            f"{100 * max(errors):.1f} % at worst.",
+            common.markdown(columns, rows),
+        ]
+        data.append({"model": name, "whole_ms": profile.whole, "rest_ms": latencies.rest,
+                     "warnings": profile.warnings, "plans": found})  # fmt: skip
+    parts.append(
+        "Speedups over the original, one thread, importance `uniform`, merges with hoisted "
+        "padding. The original and all folded networks are measured in one interleaved run."
+    )
+    common.write(
+        "prediction",
+        "Predicted and measured speedup",
+        COMMAND,
+        "\n\n".join(parts),
+        {"models": data},
+    )
+
+
+if __name__ == "__main__":
+    main()
