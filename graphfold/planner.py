@@ -26,6 +26,7 @@ from graphfold.measures import (
     ImportanceRow,
     ImportanceTable,
     LatencyTable,
+    Row,
     check_names,
     join,
 )
@@ -152,7 +153,9 @@ def prepare(
         check_names(importance, tensors)
         table = importance
     else:
-        table = importance_without_data(candidates, importance, input_shapes=input_shapes)
+        table = importance_without_data(
+            candidates, importance, latencies=latencies, input_shapes=input_shapes
+        )
     blocks = [
         (block.input.name or "", block.output.name or "")
         for block in (inverted_residuals(graph) if method == "depthshrinker" else ())
@@ -172,15 +175,25 @@ def importance_without_data(
     candidates: Candidates,
     kind: DataFree,
     *,
+    latencies: LatencyTable | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> ImportanceTable:
-    """Importances of all candidates by what they remove; see `graphfold.importance`.
+    """Importances of candidates by what they remove; see `graphfold.importance`.
+
+    Args:
+        candidates: of a graph.
+        kind: what is counted.
+        latencies: only what this table has a row for; all by default.
+        input_shapes: sizes that the model leaves open.
 
     Raises:
         UsageError: MACs depend on sizes that are not known.
     """
     sizes = _Sizes(candidates, input_shapes)
     pairs = list(_changing(candidates))
+    if latencies is not None:
+        keys = {_short_key(row) for row in latencies.rows if not row.unchanged}
+        pairs = [pair for pair in pairs if _short_key(choice_row(*pair)) in keys]
     changes = [sizes.change(candidate, choice) for candidate, choice in pairs]
     values = data_free(kind, changes, sizes.whole())
     rows = tuple(
@@ -196,6 +209,11 @@ def _changing(candidates: Candidates) -> Iterator[tuple[Candidate, Choice]]:
         for choice in candidate.choices:
             if not is_no_change(candidate, choice):
                 yield candidate, choice
+
+
+def _short_key(row: Row) -> tuple[object, ...]:
+    """What tells the choices of one graph apart."""
+    return row.input, row.output, row.kernel, row.family
 
 
 def _fields(candidate: Candidate, choice: Choice) -> dict[str, Any]:
