@@ -8,13 +8,14 @@ more is given up for it than needed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from graphfold.calibration.latency import compare
-from graphfold.errors import BudgetError, UsageError
+from graphfold.errors import BudgetError, PlanError, Problem, UsageError
 from graphfold.importance import DataFree
 from graphfold.measures import ImportanceTable, LatencyTable, read_importance, read_latency
 from graphfold.methods import Method, Pieces
@@ -152,7 +153,7 @@ def make_plan(
     budget: float | None = None,
     frontier: bool = False,
     method: str = "layermerge",
-    boundary: str = "exact",
+    boundary: str = "auto",
     compat: float | None = None,
     confirm: bool | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
@@ -168,7 +169,8 @@ def make_plan(
         budget: wanted latency of the whole network, in milliseconds.
         frontier: only list what there is, where neither is given.
         method: `layermerge`, `depth`, `layer-only` or `depthshrinker`.
-        boundary: where padding stands in merged segments.
+        boundary: where padding stands in merged segments: `exact`, `hoist`, or `auto`: hoisted
+            where no merge would be exact.
         compat: steps per millisecond of the published discretisation.
         confirm: measure the folded network here; by default where the device was measured here.
         input_shapes: sizes that the model leaves open.
@@ -232,8 +234,8 @@ def _check_arguments(
     methods = [name for name in get_args(Method) if name != "sequential"]
     if method not in methods:
         raise UsageError(f"--method {method!r} is not known", hint="one of " + ", ".join(methods))
-    if boundary not in ("exact", "hoist"):
-        raise UsageError(f"--boundary {boundary!r} is not known", hint="exact or hoist")
+    if boundary not in ("auto", "exact", "hoist"):
+        raise UsageError(f"--boundary {boundary!r} is not known", hint="auto, exact or hoist")
 
 
 def _importance(given: str | Path | ImportanceTable | None) -> ImportanceTable | DataFree:
@@ -247,6 +249,12 @@ def _importance(given: str | Path | ImportanceTable | None) -> ImportanceTable |
 
 def _no_progress(stage: str, done: int, total: int) -> None:
     del stage, done, total
+
+
+def _hoistable(problem: Problem) -> int | None:
+    """The number of the segment that a problem of a plan would be solved for by hoisting."""
+    match = re.fullmatch(r"segments\[(\d+)\]", problem.path)
+    return int(match[1]) if match and "hoist would work" in (problem.hint or "") else None
 
 
 _Chosen = tuple[Solution[Pieces], Plan, float | None]
@@ -282,34 +290,32 @@ class _Chooser:
 
     def confirmed(self, speedup: float) -> _Chosen:
         """The least important part given up that makes the network as fast as asked, measured."""
-        low, high = 0.0, float("inf")
         budget = self.planning.original / speedup
+        # Predicted latencies that were measured to be fast enough, and too slow.
+        fast, slow = 0.0, float("inf")
         best: _Chosen | None = None
-        tried: set[float] = set()
         for attempt in range(_MOST_TRIES):
             self.progress("folding and measuring plans", attempt, _MOST_TRIES)
             try:
                 solution = self.planning.within(budget)
             except BudgetError:
-                if best is None and attempt == 0:
+                if attempt == 0:
                     raise
                 break
-            if solution.latency in tried:
-                break
-            tried.add(solution.latency)
+            latency = self.planning.point(solution).latency
+            if latency <= fast:
+                break  # there is no finer plan
             plan = self._plan(solution, self.planning.original / speedup)
             measured = self._measure(plan)
             if measured >= speedup:
-                low = max(low, budget)
-                if best is None or measured < cast(float, best[2]):
-                    best = (solution, plan, measured)
+                fast, best = latency, (solution, plan, measured)
                 if measured <= speedup * LARGEST_EXCESS:
                     break
             else:
-                high = min(high, budget)
-            wanted = budget * measured / speedup
-            inside = low * 1.001 < wanted < high * 0.999
-            budget = wanted if inside else (low + high) / 2 if low and high < 1e30 else wanted
+                slow = latency
+            # As much faster or slower as was missing, and on the right side of what is known.
+            wanted = latency * measured / speedup
+            budget = min(max(wanted, fast), slow * (1 - 1e-6))
         if best is None:
             raise BudgetError(
                 f"no plan that was folded and measured is {speedup:.2f} times as fast",
@@ -318,9 +324,35 @@ class _Chooser:
         return best
 
     def _plan(self, solution: Solution[Pieces], budget: float) -> Plan:
-        return self.planning.plan(
-            solution, budget=budget, boundary=self.boundary, model=self.reference
-        )
+        """The plan of a solution; segments that no exact merge allows have their padding hoisted.
+
+        Raises:
+            PlanError: a segment cannot be merged with the boundary that was asked for.
+        """
+        boundary = "exact" if self.boundary == "auto" else self.boundary
+        plan = self.planning.plan(solution, budget=budget, boundary=boundary, model=self.reference)
+        refused = self._refused(plan)
+        if not refused:
+            return plan
+        segments = [
+            segment.model_copy(update={"boundary": "hoist"}) if number in refused else segment
+            for number, segment in enumerate(plan.segments)
+        ]
+        return plan.model_copy(update={"segments": segments})
+
+    def _refused(self, plan: Plan) -> set[int]:
+        """Numbers of the segments that need their padding hoisted."""
+        from graphfold.reference import build_reference
+        from graphfold.rewrite import select_passes
+
+        try:
+            build_reference(self.model, plan, select_passes())
+        except PlanError as error:
+            found = {_hoistable(problem) for problem in error.problems}
+            if self.boundary != "auto" or None in found:
+                raise
+            return {number for number in found if number is not None}
+        return set()
 
     def _measure(self, plan: Plan) -> float:
         """Speedup of the folded network over the model, measured in turns."""

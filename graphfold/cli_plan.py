@@ -154,8 +154,13 @@ def _plan(
         ),
     ] = "layermerge",
     boundary: Annotated[
-        str, typer.Option("--boundary", metavar="exact|hoist", help="Where padding stands.")
-    ] = "exact",
+        str,
+        typer.Option(
+            "--boundary",
+            metavar="auto|exact|hoist",
+            help="Where padding stands in merged segments; auto: hoisted where no merge is exact.",
+        ),
+    ] = "auto",
     compat: Annotated[
         str | None,
         typer.Option(

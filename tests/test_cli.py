@@ -92,7 +92,7 @@ def test_options_without_a_feature_are_not_offered(run):
     assert "--latency" not in out
     assert "--distill" not in out
     _, out, _ = run("--help")
-    for absent in ("profile", "score", "search", "finetune", "auto "):
+    for absent in ("score", "search", "finetune", "auto "):
         assert f" {absent}" not in out
 
 
@@ -107,10 +107,10 @@ def test_the_schema_of_plans_is_printed(run):
     assert json.loads(out)["type"] == "object"
 
 
-def test_planning_is_not_there_yet(run):
+def test_a_plan_is_for_a_model(run):
     code, out, err = run("plan")
     assert (code, out) == (2, "")
-    assert "--schema" in assert_one_message(err)
+    assert "which model" in assert_one_message(err)
 
 
 # Usage ----------------------------------------------------------------------------------------
