@@ -337,8 +337,9 @@ class _Counter:
 
     def _weight_shape(self, node: ir.Node) -> TensorShape:
         index = _CONVOLUTIONS.get(node.op_type, _MATRIX_PRODUCTS.get(node.op_type, 1))
-        value = node.inputs[index]
-        assert value is not None
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is None:
+            return (None, None)
         shape = self.shapes.get(value.name or "") or self.graph.shape(value)
         return shape if shape else (None, None)
 

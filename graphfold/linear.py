@@ -257,6 +257,8 @@ def zero_padding(node: ir.Node, graph: Graph, rank: int) -> list[tuple[int, int]
     if amounts is None:
         raise NotExactError(f"the amounts of Pad {label!r} are not constant")
     axes = _pad_axes(node, graph, rank)
+    if len(amounts) != 2 * len(axes):
+        raise NotExactError(f"Pad {label!r} has {len(amounts)} amounts for {len(axes)} axes")
     begins, ends = [0] * rank, [0] * rank
     for position, axis in enumerate(axes):
         begins[axis], ends[axis] = amounts[position], amounts[position + len(axes)]

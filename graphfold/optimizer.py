@@ -191,7 +191,11 @@ def _optimize(
         _refuse_failure(verification, require_verify)
 
     def gather() -> Report:
-        with clock.stage("report", progress), no_collection():
+        with (
+            clock.stage("report", progress),
+            no_collection(),
+            blaming(lambda: to_proto(source)),
+        ):
             return _report(
                 source,
                 reference,
