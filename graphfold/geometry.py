@@ -34,6 +34,11 @@ class Axis:
         """Number of output pixels for `size` input pixels."""
         return (size + self.begin + self.end - self.extent) // self.stride + 1
 
+    def is_beyond(self, limit: int) -> bool:
+        """Whether a size of the window, its step or its padding is more than a limit."""
+        sizes = (self.extent, self.stride, abs(self.begin), abs(self.end))
+        return any(size > limit for size in sizes)
+
     def then(self, second: Axis, size: int | None = None) -> Axis:
         """The axis of `second` after `self`, both linear.
 

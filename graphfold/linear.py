@@ -31,6 +31,8 @@ FLOAT_TYPES = frozenset(
 )
 DEFAULT_EPSILON = 1e-5
 OVERFLOWING = 1e30
+# No network has it; the algebra looks at padding row by row.
+_LARGEST_WINDOW = 1 << 14
 # Operators that fold into the convolution before them where their constants are per channel.
 PER_CHANNEL = ("BatchNormalization", "Add", "Sub", "Mul", "Div", "Neg")
 
@@ -67,7 +69,10 @@ def linear_operator(node: ir.Node, context: Context) -> LinearOperator:
         raise NotExactError(f"{node.op_type} {node_label(node)!r} is not a linear operator")
     if has_reference_attributes(node):
         raise NotExactError(f"{node_label(node)!r} has attributes of its enclosing function")
-    return handler(node, context)
+    operator = handler(node, context)
+    if any(axis.is_beyond(_LARGEST_WINDOW) for axis in operator.geometry.axes):
+        raise NotExactError(f"the window or padding of {node_label(node)!r} is absurdly large")
+    return operator
 
 
 def variable_inputs(graph: Graph, node: ir.Node) -> list[ir.Value]:

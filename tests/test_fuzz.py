@@ -255,3 +255,11 @@ def test_weights_with_which_results_overflow_stay():
     found = graphfold.optimize(build.model(value)).report
     assert not found.folds
     assert any("overflow" in skip.reason for skip in found.skipped)
+
+
+def test_padding_of_absurd_size_is_refused_at_once():
+    build = ModelBuilder([1, 2, 4, 4])
+    value = build.conv(build.conv("x", 2, 1), 2, 3, pad=1 << 40)
+    model = build.model(value)
+    result = graphfold.optimize(model, verify=False)
+    assert [node.op_type for node in result.model.graph.node] == ["Conv", "Conv"]
