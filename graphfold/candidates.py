@@ -6,7 +6,12 @@ ends before the next activation or convolution; with the activations inside remo
 it must be linear. Its convolutions that map a tensor to one of the same shape may go as well, and
 each number kept of each kind (kernel, depthwise or not) gives one kernel: 1 + sum of (k - 1) along
 the longest branch (LayerMerge, section 3.2). Of the subsets with the same kernel the one whose kept
-weights have the largest l1 norm stands for all (its equation 3).
+weights have the largest l1 norm stands for all (its equation 3). A convolution that may go, that no
+longer segment holds and that reads no activation may go by itself, as one behind upsampling.
+
+Two things inside a segment are not linear and yet no obstacle. A vector that other inputs add to
+all pixels goes through the convolutions behind it as a vector. And where it is asked for, a
+normalisation by groups may move behind the run, if the result has its channels.
 
 Reasons are kept for what is excluded: the first operator that is not linear, or a kernel above one
 behind a stride, where (k - 1) * stride + 1 taps are legal algebra and never pay.
@@ -18,15 +23,17 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from graphfold.flow import FlowChain, flow_chains
+from graphfold.flow import Flow, FlowChain, find_flow
 from graphfold.graph import Graph, attribute, is_op, only_consumer
 from graphfold.linear import OPERATORS, is_join, variable_inputs
+from graphfold.norms import NormSite, find_norms
 from graphfold.plan import Family
 from graphfold.sites import ActivationSite, ConvSite, Sites, find_sites
 
@@ -40,7 +47,8 @@ class Choice:
 
     Attributes:
         kernel, stride: of the convolution, one entry per spatial axis.
-        family: dense or depthwise; pointwise counts as dense of kernel 1.
+        family: dense or depthwise; pointwise counts as dense of kernel 1. Identity where nothing
+            stays.
         removed_convs: conv sites inside that go, by name, in execution order.
         kept_l1: l1 norm of the weights of those that stay.
     """
@@ -63,6 +71,7 @@ class Candidate:
         nodes: all nodes inside.
         choices: by kernel, largest first.
         adds: whether the segment holds a residual Add or joins branches otherwise.
+        norms: normalisations inside that the plan must move behind the segment or drop.
     """
 
     input: ir.Value
@@ -72,11 +81,12 @@ class Candidate:
     nodes: tuple[ir.Node, ...]
     choices: tuple[Choice, ...]
     adds: bool
+    norms: tuple[NormSite, ...] = ()
 
 
 @dataclass(frozen=True)
 class Exclusion:
-    """Why segments from one tensor reach no further than another."""
+    """Why a segment between two tensors is no candidate, and mostly none that reaches further."""
 
     input: str
     output: str
@@ -104,14 +114,29 @@ class Candidates:
         return tuple(site for site in self.sites.convs if site.removable)
 
 
-def find_candidates(graph: Graph, sites: Sites | None = None) -> Candidates:
-    """Every segment that one convolution may replace, in order of input and output."""
+def find_candidates(
+    graph: Graph,
+    sites: Sites | None = None,
+    *,
+    move_norms: bool = False,
+    compat: Literal["layermerge"] | None = None,
+) -> Candidates:
+    """Every segment that one convolution may replace, in order of input and output.
+
+    Args:
+        graph: not changed.
+        sites: its sites, where they are known already.
+        move_norms: segments may hold normalisations by groups, which move behind them.
+        compat: layermerge ends segments at every strided convolution, where ours may go on with
+            a pointwise one behind it, and over the Add behind that.
+    """
     sites = sites or find_sites(graph)
-    chains = flow_chains(graph)
-    search = _Search(graph, sites)
+    flow = find_flow(graph)
+    norms = find_norms(graph) if move_norms else ()
+    search = _Search(graph, sites, flow, norms, compat)
     found: list[Candidate] = []
     excluded: list[Exclusion] = []
-    for chain in chains:
+    for chain in flow.chains:
         for start in range(len(chain.points) - 1):
             for result in search.from_point(chain, start):
                 if isinstance(result, Candidate):
@@ -122,29 +147,59 @@ def find_candidates(graph: Graph, sites: Sites | None = None) -> Candidates:
     kept = [each for each in found if not _is_whole_branch(graph, each, joined)]
     order = sites.order
     kept.sort(key=lambda each: (order[each.nodes[0]], order[each.nodes[-1]]))
-    return Candidates(graph, sites, tuple(chains), tuple(kept), tuple(excluded))
+    return Candidates(graph, sites, flow.chains, tuple(_with_lone(kept, sites)), tuple(excluded))
+
+
+def _with_lone(found: Sequence[Candidate], sites: Sites) -> Iterator[Candidate]:
+    """Candidates, and the identity for convolutions that could not go otherwise."""
+    activated = {site.output for site in sites.activations}
+    in_company = {site for each in found if len(each.convs) > 1 for site in each.convs}
+    for each in found:
+        (site, *others) = each.convs
+        is_lone = not others and not each.adds and site not in in_company
+        if not is_lone or not site.removable or each.input in activated:
+            yield each
+            continue
+        ones = (1,) * len(site.kernel)
+        nothing = Choice(ones, ones, "identity", (site.name,), 0.0)
+        yield replace(each, choices=(*each.choices, nothing))
 
 
 class _Search:
     """What is asked of a graph again and again while its segments are listed."""
 
-    def __init__(self, graph: Graph, sites: Sites) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        sites: Sites,
+        flow: Flow,
+        norms: Sequence[NormSite],
+        compat: str | None,
+    ) -> None:
         self.graph = graph
-        self.sites = sites
+        self.side_inputs = flow.side_inputs
         self.conv_of = {site.conv: site for site in sites.convs}
         self.site_of = {node: site for site in sites.convs for node in site.nodes}
-        self.begins = {site.input: site for site in sites.convs}
+        self.begins: dict[ir.Value, list[ConvSite]] = defaultdict(list)
+        for site in sites.convs:
+            self.begins[site.input].append(site)
         self.activation_of = {node: site for site in sites.activations for node in site.nodes}
         self.activated = {site.input: site for site in sites.activations}
-        self.stage_ends = {
-            self._stage_end(site) for site in sites.convs if max(_strides(site.conv)) > 1
-        }
+        self.norm_of = {node: site for site in norms for node in site.nodes}
+        self.gate_of = {node: gate for gate in sites.gates for node in gate.nodes}
+        strided = [site for site in sites.convs if max(_strides(site.conv)) > 1]
+        self.stops_at_strided = compat == "layermerge"
+        if self.stops_at_strided:
+            self.stage_ends = {site.output for site in strided}
+        else:
+            self.stage_ends = {self._stage_end(site) for site in strided}
 
     def _stage_end(self, site: ConvSite) -> ir.Value:
         """The last tensor that a strided convolution merges into: behind a pointwise one."""
         behind = self.activated.get(site.output)
-        following = self.begins.get(site.output if behind is None else behind.output)
-        return following.output if following is not None and following.pointwise else site.output
+        following = self.begins.get(site.output if behind is None else behind.output, [])
+        alone = following[0] if len(following) == 1 else None
+        return alone.output if alone is not None and alone.pointwise else site.output
 
     def from_point(self, chain: FlowChain, start: int) -> Iterator[Candidate | Exclusion]:
         """Segments of a chain that begin at one of its points, growing."""
@@ -152,14 +207,19 @@ class _Search:
         if source not in self.begins:
             return
         nodes: list[ir.Node] = []
+        inside = {source}
         for end in range(start + 1, len(chain.points)):
             step = chain.steps[end - 1]
-            reason = self._why_not_linear(step)
-            nodes += step
             target = chain.points[end].value
+            nodes += step
+            inside.update(value for node in step for value in node.outputs)
+            reason = self._why_not_linear(step, inside) or self._why_stopped(step, target)
             if reason is None and step and self._ends_at(chain, end):
-                reason = self._why_no_kernel(source, nodes)
-                if reason is None and any(node in self.conv_of for node in nodes):
+                reason = self._why_no_kernel(source, nodes) or self._why_norm_leaves(nodes)
+                misfit = self._why_norm_misfits(nodes)
+                if reason is None and misfit is not None:
+                    yield Exclusion(source.name or "", target.name or "", misfit)
+                elif reason is None and any(node in self.conv_of for node in nodes):
                     yield self._candidate(source, target, nodes)
             if reason is None and target in self.stage_ends and end + 1 < len(chain.points):
                 reason = "the resolution changes before it"
@@ -169,29 +229,64 @@ class _Search:
 
     def _ends_at(self, chain: FlowChain, end: int) -> bool:
         """A segment ends behind a conv site, or behind a join, not before its normalisation."""
-        step = chain.steps[end - 1]
-        last = step[-1]
-        target = chain.points[end].value
-        if last in self.activation_of:
+        last = chain.steps[end - 1][-1]
+        if last in self.activation_of or last in self.norm_of:
             return False
         site = self.site_of.get(last)
         if site is not None:
-            return site.output is target
-        return is_join(self.graph, last)
+            return site.output is chain.points[end].value
+        return self._joins(last)
 
-    def _why_not_linear(self, step: Sequence[ir.Node]) -> str | None:
-        inside = set(step)
+    def _joins(self, node: ir.Node) -> bool:
+        """Whether branches of the flow meet at a node; what comes from the side is none."""
+        aside = self.side_inputs.get(node, frozenset())
+        return is_join(self.graph, node) and len(variable_inputs(self.graph, node)) - len(aside) > 1
+
+    def _why_not_linear(self, step: Sequence[ir.Node], inside: Collection[ir.Value]) -> str | None:
         for node in step:
-            activation = self.activation_of.get(node)
-            if activation is not None:
-                if inside.issuperset(activation.nodes):
-                    continue
-                return f"{activation.name!r} is only partly inside"
+            if node in self.activation_of or node in self.norm_of:
+                continue
+            gate = self.gate_of.get(node)
+            if gate is not None:
+                return f"{gate.output.name!r} is gated by what is pooled of it"
+            sources = variable_inputs(self.graph, node)
+            aside = self.side_inputs.get(node, frozenset())
+            outside = [value for value in sources if value not in inside and value not in aside]
+            if outside:
+                return f"{node.op_type} at {node.outputs[0].name!r} also reads {outside[0].name!r}"
             if is_join(self.graph, node) or node in self.site_of:
                 continue
-            if is_op(node, *OPERATORS) and len(variable_inputs(self.graph, node)) == 1:
+            if is_op(node, *OPERATORS) and len(sources) == 1:
                 continue
             return f"{node.op_type} at {node.outputs[0].name!r} is not linear"
+        return None
+
+    def _why_stopped(self, step: Sequence[ir.Node], target: ir.Value) -> str | None:
+        outputs = {value for node in step for value in node.outputs} - {target}
+        if self.stops_at_strided and not outputs.isdisjoint(self.stage_ends):
+            return "a strided convolution stands inside it"
+        return None
+
+    def _norms(self, nodes: Sequence[ir.Node]) -> tuple[NormSite, ...]:
+        found = dict.fromkeys(self.norm_of[node] for node in nodes if node in self.norm_of)
+        return tuple(found)
+
+    def _why_norm_leaves(self, nodes: Sequence[ir.Node]) -> str | None:
+        """Why a normalisation cannot move behind a segment where branches join."""
+        norms = self._norms(nodes)
+        join = next((node for node in nodes if self._joins(node)), None)
+        if not norms or join is None:
+            return None
+        return f"{norms[-1].name!r} would move out of a branch, behind {join.outputs[0].name!r}"
+
+    def _why_norm_misfits(self, nodes: Sequence[ir.Node]) -> str | None:
+        convs = [self.conv_of[node] for node in nodes if node in self.conv_of]
+        for norm in self._norms(nodes):
+            if norm.channels != convs[-1].out_channels:
+                return (
+                    f"{norm.name!r} normalises {norm.channels} channels and the result has "
+                    f"{convs[-1].out_channels}"
+                )
         return None
 
     def _candidate(self, source: ir.Value, target: ir.Value, nodes: Sequence[ir.Node]) -> Candidate:
@@ -206,7 +301,8 @@ class _Search:
             activations=tuple(activations),
             nodes=tuple(nodes),
             choices=tuple(self._choices(source, nodes, convs)),
-            adds=any(is_join(self.graph, node) for node in nodes),
+            adds=any(self._joins(node) for node in nodes),
+            norms=self._norms(nodes),
         )
 
     def _why_no_kernel(self, source: ir.Value, nodes: Sequence[ir.Node]) -> str | None:
@@ -310,15 +406,15 @@ class _Search:
         )
 
     def _l1(self, site: ConvSite) -> float:
-        found = self._norms.get(site.conv)
+        found = self._l1_of.get(site.conv)
         if found is None:
             weight = self.graph.constant(site.conv.inputs[1])
             assert weight is not None
-            found = self._norms[site.conv] = float(np.abs(weight).sum(dtype=np.float64))
+            found = self._l1_of[site.conv] = float(np.abs(weight).sum(dtype=np.float64))
         return found
 
     @cached_property
-    def _norms(self) -> dict[ir.Node, float]:
+    def _l1_of(self) -> dict[ir.Node, float]:
         return {}
 
 
