@@ -105,13 +105,11 @@ class _UNet:
         """Padded below and to the right only, as the reference network is."""
         net = self.net
         padding = net.shared("below_and_right", np.array([0, 0, 0, 0, 0, 0, 1, 1]))
-        return net.conv(
-            net.op("Pad", x, padding), net.channels[x], 3, stride=2, pad=0, bias=True
-        )
+        return net.conv(net.op("Pad", x, padding), net.channels[x], 3, stride=2, pad=0, bias=True)
 
     def _up(self, x: str) -> str:
         net = self.net
-        x = net.op("Resize", x, "", net.shared("twice", [1, 1, 2, 2]), mode="nearest")
+        x = net.op("Resize", x, "", net.shared("twice", [1.0, 1.0, 2.0, 2.0]), mode="nearest")
         return net.conv(x, net.channels[x], 3, bias=True)
 
     def _silu(self, x: str) -> str:

@@ -127,13 +127,12 @@ def find_candidates(
         graph: not changed.
         sites: its sites, where they are known already.
         move_norms: segments may hold normalisations by groups, which move behind them.
-        compat: layermerge ends segments at every strided convolution, where ours may go on with
-            a pointwise one behind it, and over the Add behind that.
+        compat: layermerge ends segments at every strided convolution that is not depthwise,
+            where ours may go on with a pointwise one behind it, and over the Add behind that.
     """
     sites = sites or find_sites(graph)
     flow = find_flow(graph)
-    norms = find_norms(graph) if move_norms else ()
-    search = _Search(graph, sites, flow, norms, compat)
+    search = _Search(graph, sites, flow, move_norms, compat)
     found: list[Candidate] = []
     excluded: list[Exclusion] = []
     for chain in flow.chains:
@@ -173,7 +172,7 @@ class _Search:
         graph: Graph,
         sites: Sites,
         flow: Flow,
-        norms: Sequence[NormSite],
+        move_norms: bool,
         compat: str | None,
     ) -> None:
         self.graph = graph
@@ -185,14 +184,15 @@ class _Search:
             self.begins[site.input].append(site)
         self.activation_of = {node: site for site in sites.activations for node in site.nodes}
         self.activated = {site.input: site for site in sites.activations}
-        self.norm_of = {node: site for site in norms for node in site.nodes}
+        self.norm_of = {node: site for site in find_norms(graph) for node in site.nodes}
+        self.move_norms = move_norms
         self.gate_of = {node: gate for gate in sites.gates for node in gate.nodes}
         strided = [site for site in sites.convs if max(_strides(site.conv)) > 1]
         self.stops_at_strided = compat == "layermerge"
-        if self.stops_at_strided:
-            self.stage_ends = {site.output for site in strided}
-        else:
-            self.stage_ends = {self._stage_end(site) for site in strided}
+        self.stage_ends = {
+            site.output if self.stops_at_strided and not site.depthwise else self._stage_end(site)
+            for site in strided
+        }
 
     def _stage_end(self, site: ConvSite) -> ir.Value:
         """The last tensor that a strided convolution merges into: behind a pointwise one."""
@@ -244,8 +244,10 @@ class _Search:
 
     def _why_not_linear(self, step: Sequence[ir.Node], inside: Collection[ir.Value]) -> str | None:
         for node in step:
-            if node in self.activation_of or node in self.norm_of:
+            if node in self.activation_of or (node in self.norm_of and self.move_norms):
                 continue
+            if node in self.norm_of:
+                return f"{self.norm_of[node].name!r} normalises by statistics of its input"
             gate = self.gate_of.get(node)
             if gate is not None:
                 return f"{gate.output.name!r} is gated by what is pooled of it"
