@@ -19,45 +19,25 @@ behind a stride, where (k - 1) * stride + 1 taps are legal algebra and never pay
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
+from graphfold.choices import Choice, MisfitError, Window, choices
 from graphfold.flow import Flow, FlowChain, find_flow
 from graphfold.graph import Graph, attribute, is_op, only_consumer
 from graphfold.linear import OPERATORS, is_join, variable_inputs
 from graphfold.norms import NormSite, find_norms
-from graphfold.plan import Family
 from graphfold.sites import ActivationSite, ConvSite, Sites, find_sites
 
-# Beyond this many taps along an axis no merge has ever paid; it bounds the work on long runs.
+# Beyond this many taps along an axis no merge has ever paid. Both bound the work on long runs.
 LARGEST_KERNEL = 31
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One convolution that a segment may become.
-
-    Attributes:
-        kernel, stride: of the convolution, one entry per spatial axis.
-        family: dense or depthwise; pointwise counts as dense of kernel 1. Identity where nothing
-            stays.
-        removed_convs: conv sites inside that go, by name, in execution order.
-        kept_l1: l1 norm of the weights of those that stay.
-    """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    family: Family
-    removed_convs: tuple[str, ...]
-    kept_l1: float
+MOST_CONVS = 64
 
 
 @dataclass(frozen=True)
@@ -164,6 +144,41 @@ def _with_lone(found: Sequence[Candidate], sites: Sites) -> Iterator[Candidate]:
         yield replace(each, choices=(*each.choices, nothing))
 
 
+@dataclass
+class _Segment:
+    """A segment that grows along its chain."""
+
+    source: ir.Value
+    window: Window
+    nodes: list[ir.Node] = field(default_factory=list)
+    convs: list[ConvSite] = field(default_factory=list)
+    activations: dict[ActivationSite, None] = field(default_factory=dict)
+    norms: dict[NormSite, None] = field(default_factory=dict)
+    join: ir.Node | None = None
+    inside: set[ir.Value] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.inside.add(self.source)
+
+
+def _why_norm_leaves(segment: _Segment) -> str | None:
+    """Why a normalisation cannot move behind a segment where branches join."""
+    if not segment.norms or segment.join is None:
+        return None
+    *_, last = segment.norms
+    return f"{last.name!r} would move out of a branch, behind {segment.join.outputs[0].name!r}"
+
+
+def _why_norm_misfits(segment: _Segment) -> str | None:
+    channels = segment.convs[-1].out_channels if segment.convs else None
+    for norm in segment.norms:
+        if norm.channels != channels:
+            return (
+                f"{norm.name!r} normalises {norm.channels} channels and the result has {channels}"
+            )
+    return None
+
+
 class _Search:
     """What is asked of a graph again and again while its segments are listed."""
 
@@ -178,6 +193,7 @@ class _Search:
         self.graph = graph
         self.side_inputs = flow.side_inputs
         self.conv_of = {site.conv: site for site in sites.convs}
+        self.kernels = {site.conv: site.kernel for site in sites.convs}
         self.site_of = {node: site for site in sites.convs for node in site.nodes}
         self.begins: dict[ir.Value, list[ConvSite]] = defaultdict(list)
         for site in sites.convs:
@@ -206,26 +222,51 @@ class _Search:
         source = chain.points[start].value
         if source not in self.begins:
             return
-        nodes: list[ir.Node] = []
-        inside = {source}
+        rank = len(self.begins[source][0].kernel)
+        segment = _Segment(source, Window(self.graph, source, rank, self.kernels))
         for end in range(start + 1, len(chain.points)):
-            step = chain.steps[end - 1]
-            target = chain.points[end].value
-            nodes += step
-            inside.update(value for node in step for value in node.outputs)
-            reason = self._why_not_linear(step, inside) or self._why_stopped(step, target)
+            step, target = chain.steps[end - 1], chain.points[end].value
+            reason = self._why_not_taken(segment, step, target)
             if reason is None and step and self._ends_at(chain, end):
-                reason = self._why_no_kernel(source, nodes) or self._why_norm_leaves(nodes)
-                misfit = self._why_norm_misfits(nodes)
+                reason = _why_norm_leaves(segment)
+                misfit = _why_norm_misfits(segment)
                 if reason is None and misfit is not None:
                     yield Exclusion(source.name or "", target.name or "", misfit)
-                elif reason is None and any(node in self.conv_of for node in nodes):
-                    yield self._candidate(source, target, nodes)
+                elif reason is None and segment.convs:
+                    yield self._candidate(segment, target)
             if reason is None and target in self.stage_ends and end + 1 < len(chain.points):
                 reason = "the resolution changes before it"
             if reason is not None:
                 yield Exclusion(source.name or "", target.name or "", reason)
                 return
+
+    def _why_not_taken(
+        self, segment: _Segment, step: Sequence[ir.Node], target: ir.Value
+    ) -> str | None:
+        """Take a step into a segment, or tell why no segment holds it."""
+        segment.inside.update(value for node in step for value in node.outputs)
+        reason = self._why_not_linear(step, segment.inside) or self._why_stopped(step, target)
+        if reason is not None:
+            return reason
+        for node in step:
+            segment.nodes.append(node)
+            if node in self.conv_of:
+                segment.convs.append(self.conv_of[node])
+            if node in self.activation_of:
+                segment.activations[self.activation_of[node]] = None
+            if node in self.norm_of:
+                segment.norms[self.norm_of[node]] = None
+            if segment.join is None and self._joins(node):
+                segment.join = node
+        try:
+            segment.window.extend(step)
+        except MisfitError as error:
+            return str(error)
+        if max(segment.window.kernel) > LARGEST_KERNEL:
+            return f"its kernel would have {max(segment.window.kernel)} taps"
+        if len(segment.convs) > MOST_CONVS:
+            return f"it would hold more than {MOST_CONVS} convolutions"
+        return None
 
     def _ends_at(self, chain: FlowChain, end: int) -> bool:
         """A segment ends behind a conv site, or behind a join, not before its normalisation."""
@@ -269,142 +310,16 @@ class _Search:
             return "a strided convolution stands inside it"
         return None
 
-    def _norms(self, nodes: Sequence[ir.Node]) -> tuple[NormSite, ...]:
-        found = dict.fromkeys(self.norm_of[node] for node in nodes if node in self.norm_of)
-        return tuple(found)
-
-    def _why_norm_leaves(self, nodes: Sequence[ir.Node]) -> str | None:
-        """Why a normalisation cannot move behind a segment where branches join."""
-        norms = self._norms(nodes)
-        join = next((node for node in nodes if self._joins(node)), None)
-        if not norms or join is None:
-            return None
-        return f"{norms[-1].name!r} would move out of a branch, behind {join.outputs[0].name!r}"
-
-    def _why_norm_misfits(self, nodes: Sequence[ir.Node]) -> str | None:
-        convs = [self.conv_of[node] for node in nodes if node in self.conv_of]
-        for norm in self._norms(nodes):
-            if norm.channels != convs[-1].out_channels:
-                return (
-                    f"{norm.name!r} normalises {norm.channels} channels and the result has "
-                    f"{convs[-1].out_channels}"
-                )
-        return None
-
-    def _candidate(self, source: ir.Value, target: ir.Value, nodes: Sequence[ir.Node]) -> Candidate:
-        convs = tuple(self.conv_of[node] for node in nodes if node in self.conv_of)
-        activations = dict.fromkeys(
-            self.activation_of[node] for node in nodes if node in self.activation_of
-        )
+    def _candidate(self, segment: _Segment, target: ir.Value) -> Candidate:
         return Candidate(
-            input=source,
+            input=segment.source,
             output=target,
-            convs=convs,
-            activations=tuple(activations),
-            nodes=tuple(nodes),
-            choices=tuple(self._choices(source, nodes, convs)),
-            adds=any(self._joins(node) for node in nodes),
-            norms=self._norms(nodes),
-        )
-
-    def _why_no_kernel(self, source: ir.Value, nodes: Sequence[ir.Node]) -> str | None:
-        try:
-            extents, _ = self._window(source, nodes, frozenset())
-        except _MisfitError as error:
-            return str(error)
-        if max(extents) > LARGEST_KERNEL:
-            return f"its kernel would have {max(extents)} taps"
-        return None
-
-    def _window(
-        self, source: ir.Value, nodes: Sequence[ir.Node], removed: frozenset[ir.Node]
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Kernel and stride of what these nodes become without some of their convolutions.
-
-        Padding is left out: it decides where a merge is exact, not how large it is.
-        """
-        rank = next((len(self.conv_of[node].kernel) for node in nodes if node in self.conv_of), 0)
-        known = {source: ((1,) * rank, (1,) * rank)}
-        last = known[source]
-        for node in nodes:
-            parts = [known[value] for value in variable_inputs(self.graph, node) if value in known]
-            if not parts:
-                continue
-            strides = {stride for _, stride in parts}
-            if len(strides) > 1:
-                raise _MisfitError(
-                    f"branches of different strides meet at {node.outputs[0].name!r}"
-                )
-            extent = tuple(max(sizes) for sizes in zip(*(part[0] for part in parts), strict=True))
-            last = (extent, strides.pop())
-            if node not in removed:
-                last = self._after(node, *last)
-            known.update(dict.fromkeys(node.outputs, last))
-        return last
-
-    def _after(
-        self, node: ir.Node, extent: tuple[int, ...], stride: tuple[int, ...]
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        if not is_op(node, "Conv", "AveragePool"):
-            return extent, stride
-        rank = len(extent)
-        site = self.conv_of.get(node)
-        kernel = site.kernel if site is not None else attribute(node, "kernel_shape")
-        dilations = attribute(node, "dilations") or [1] * rank
-        strides = attribute(node, "strides") or [1] * rank
-        if any(size > 1 and step > 1 for size, step in zip(kernel, stride, strict=True)):
-            raise _MisfitError(
-                f"the kernel {list(kernel)} of {node.outputs[0].name!r} stands behind stride "
-                f"{list(stride)}"
-            )
-        grown = tuple(
-            size + (taps - 1) * dilation * step
-            for size, taps, dilation, step in zip(extent, kernel, dilations, stride, strict=True)
-        )
-        return grown, tuple(one * other for one, other in zip(stride, strides, strict=True))
-
-    def _choices(
-        self, source: ir.Value, nodes: Sequence[ir.Node], convs: Sequence[ConvSite]
-    ) -> list[Choice]:
-        """One choice per kernel and family, the largest kernels first."""
-        kinds: dict[tuple[tuple[int, ...], bool], list[ConvSite]] = defaultdict(list)
-        for site in convs:
-            if site.removable:
-                kinds[site.kernel, site.depthwise].append(site)
-        for sites in kinds.values():
-            # Those of the smallest norm go first (equation 3, per kind of convolution).
-            sites.sort(key=self._l1)
-        best: dict[tuple[tuple[int, ...], Family], Choice] = {}
-        for counts in itertools.product(*(range(len(sites) + 1) for sites in kinds.values())):
-            gone = [
-                site
-                for count, sites in zip(counts, kinds.values(), strict=True)
-                for site in sites[:count]
-            ]
-            if len(gone) == len(convs):
-                continue
-            choice = self._choice(source, nodes, convs, gone)
-            held = best.get((choice.kernel, choice.family))
-            if held is None or choice.kept_l1 > held.kept_l1:
-                best[choice.kernel, choice.family] = choice
-        return sorted(best.values(), key=lambda each: (-math.prod(each.kernel), each.family))
-
-    def _choice(
-        self,
-        source: ir.Value,
-        nodes: Sequence[ir.Node],
-        convs: Sequence[ConvSite],
-        gone: Sequence[ConvSite],
-    ) -> Choice:
-        names = {site.name for site in gone}
-        kept = [site for site in convs if site.name not in names]
-        kernel, stride = self._window(source, nodes, frozenset(site.conv for site in gone))
-        return Choice(
-            kernel=kernel,
-            stride=stride,
-            family="depthwise" if all(site.depthwise for site in kept) else "dense",
-            removed_convs=tuple(site.name for site in convs if site.name in names),
-            kept_l1=sum(self._l1(site) for site in kept),
+            convs=tuple(segment.convs),
+            activations=tuple(segment.activations),
+            nodes=tuple(segment.nodes),
+            choices=tuple(choices(segment.window, segment.convs, self._l1)),
+            adds=segment.join is not None,
+            norms=tuple(segment.norms),
         )
 
     def _l1(self, site: ConvSite) -> float:
@@ -430,7 +345,3 @@ def _is_whole_branch(
 
 def _strides(conv: ir.Node) -> Sequence[int]:
     return attribute(conv, "strides") or (1,)
-
-
-class _MisfitError(Exception):
-    """No single convolution has the window of these nodes."""
