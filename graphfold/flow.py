@@ -105,6 +105,7 @@ class _Flow:
         self.order: dict[ir.Node, int] = {}
         self.side_inputs: dict[ir.Node, frozenset[ir.Value]] = {}
         self._graph = graph
+        self._idle = _idle(graph)
         self._vertex: dict[tuple[ir.Value, ir.Node | None], int] = {}
         # The model's inputs that a tensor is computed from, one bit each.
         self._origins: dict[ir.Value, int] = {}
@@ -113,7 +114,7 @@ class _Flow:
                 self._origins[value] = 1 << number
                 self._add_tensor(value, [0])
         for index, node in enumerate(graph.ir):
-            if is_op(node, *_SHAPE_ONLY):
+            if node in self._idle:
                 continue
             read = [value for value in variable_inputs(graph, node) if self._knows(value)]
             if not read:
@@ -134,7 +135,7 @@ class _Flow:
         for value in through:
             origins |= self._origins[value]
         for output in node.outputs:
-            if output.name and (output.uses() or output.is_graph_output()):
+            if self._leads_on(output):
                 self._origins[output] = origins
                 self._add_tensor(output, entering)
 
@@ -149,6 +150,11 @@ class _Flow:
         aside = [value for value in vectors if not self._origins[value] & origins]
         return frozenset(aside if maps else ())
 
+    def _leads_on(self, value: ir.Value) -> bool:
+        if value.is_graph_output():
+            return True
+        return any(usage.node not in self._idle for usage in value.uses())
+
     def _knows(self, value: ir.Value) -> bool:
         return (value, None) in self._vertex
 
@@ -162,13 +168,26 @@ class _Flow:
     def _add_tensor(self, value: ir.Value, sources: Sequence[int]) -> None:
         vertex = self._add(Point(value), sources)
         readers = list(dict.fromkeys(usage.node for usage in value.uses()))
-        readers = [node for node in readers if not is_op(node, *_SHAPE_ONLY)]
+        readers = [node for node in readers if node not in self._idle]
         if len(readers) + value.is_graph_output() > 1:
             for reader in readers:
                 self._add(Point(value, reader), [vertex])
 
     def _entering(self, value: ir.Value, node: ir.Node) -> int:
         return self._vertex.get((value, node), self._vertex[value, None])
+
+
+def _idle(graph: Graph) -> set[ir.Node]:
+    """Nodes that lead none of their inputs' values to an output."""
+    idle: set[ir.Node] = set()
+    for node in reversed(graph.nodes()):
+        used = any(
+            value.is_graph_output() or any(usage.node not in idle for usage in value.uses())
+            for value in node.outputs
+        )
+        if is_op(node, *_SHAPE_ONLY) or not used:
+            idle.add(node)
+    return idle
 
 
 def _is_vector(graph: Graph, value: ir.Value) -> bool:
