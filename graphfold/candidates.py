@@ -290,7 +290,7 @@ class _Search:
             if node in self.norm_of:
                 return f"{self.norm_of[node].name!r} normalises by statistics of its input"
             gate = self.gate_of.get(node)
-            if gate is not None:
+            if gate is not None and gate.output in inside:
                 return f"{gate.output.name!r} is gated by what is pooled of it"
             sources = variable_inputs(self.graph, node)
             aside = self.side_inputs.get(node, frozenset())

@@ -172,8 +172,8 @@ def choices(
 ) -> list[Choice]:
     """One choice per kernel and family, the largest kernels first.
 
-    Of each kind of convolution (kernel, depthwise or not) those of the smallest norm go first
-    (LayerMerge's equation 3, per kind).
+    Of each kind of convolution (taps added, depthwise or not) those of the smallest norm go first:
+    in a segment without branches that is LayerMerge's equation 3 over all subsets.
 
     Args:
         window: of the whole segment.
@@ -183,7 +183,7 @@ def choices(
     kinds: dict[tuple[Sizes, bool], list[ConvSite]] = defaultdict(list)
     for site in convs:
         if site.removable:
-            kinds[site.kernel, site.depthwise].append(site)
+            kinds[window.added[site.conv], site.depthwise].append(site)
     for sites in kinds.values():
         sites.sort(key=l1)
     total = sum(map(l1, convs))
@@ -207,9 +207,7 @@ def choices(
 def _subsets(window: Window, kinds: Sequence[Sequence[ConvSite]]) -> Iterator[list[ConvSite]]:
     """What may go, by the number of each kind; all or none of those that add no taps."""
     counts = [
-        range(len(sites) + 1)
-        if any(any(window.added[site.conv]) for site in sites)
-        else (0, len(sites))
+        range(len(sites) + 1) if any(window.added[sites[0].conv]) else (0, len(sites))
         for sites in kinds
     ]
     for numbers in itertools.product(*counts):
