@@ -219,8 +219,8 @@ class _Search:
 
     def from_point(self, chain: FlowChain, start: int) -> Iterator[Candidate | Exclusion]:
         """Segments of a chain that begin at one of its points, growing."""
-        source = chain.points[start].value
-        if source not in self.begins:
+        source, reader = chain.points[start].value, chain.points[start].reader
+        if source not in self.begins or (reader is not None and reader not in self.site_of):
             return
         rank = len(self.begins[source][0].kernel)
         segment = _Segment(source, Window(self.graph, source, rank, self.kernels))

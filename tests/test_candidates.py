@@ -105,6 +105,16 @@ def test_a_branch_whose_join_is_no_candidate_is_one_itself() -> None:
     assert "MaxPool" in reasons(found)["h", s]
 
 
+def test_a_branch_that_begins_with_something_else_begins_no_segment() -> None:
+    build = ModelBuilder([1, 4, 9, 9])
+    h = build.op("Relu", "x", out="h")
+    one = build.conv(h, 4, 3, pad=1, out="one")
+    other = build.conv(build.op("MaxPool", h, out="m", kernel_shape=[1, 1]), 4, 1, out="other")
+    found = candidates(build.model(build.op("Concat", one, other, axis=1, out="y")))
+    assert ends(found) == [("h", "one"), ("m", "other")]
+    assert list(reasons(found)) == [("h", "y")]
+
+
 def test_concat_joins_like_an_add() -> None:
     build = ModelBuilder([1, 4, 9, 9])
     h = build.op("Relu", "x", out="h")

@@ -108,12 +108,19 @@ def test_resnet34() -> None:
 
 def test_resnet50() -> None:
     found = counted("resnet50")
-    assert (found.pairs, found.entries) == (124, 236)
+    assert (found.pairs, found.entries, found.layer_only) == (124, 236, 14)
 
 
 def test_resnet50_with_breaks_on_strided_convolutions() -> None:
     found = counted("resnet50", "layermerge")
     assert (found.pairs, found.entries) == (107, 192)
+    ours = {(each.input.name, each.output.name) for each in counted("resnet50").found}
+    theirs = {(each.input.name, each.output.name) for each in found.found}
+    # Ours go on behind the three strided 3x3: with the pointwise one, and over the Add.
+    assert theirs < ours
+    more = [each for each in counted("resnet50").found if (each.input.name, each.output.name)
+            not in theirs]  # fmt: skip
+    assert sorted(each.adds for each in more) == 3 * [False] + 14 * [True]
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2_1.0", "resnet34", "vgg19"])
@@ -122,9 +129,15 @@ def test_the_other_networks_break_where_layermerge_does(name: str) -> None:
     assert (ours.pairs, ours.entries) == (theirs.pairs, theirs.entries)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_segment_is_listed_twice(name: str) -> None:
+    found = counted(name).all.found
+    assert len({(each.input, each.output) for each in found}) == len(found)
+
+
 def test_vgg19() -> None:
     found = counted("vgg19")
-    assert found.pairs == 36
+    assert (found.pairs, found.entries, found.layer_only) == (36, 68, 12)
     assert len(depth_rows(found.all, found.found)) == 36
 
 
