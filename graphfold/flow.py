@@ -61,10 +61,13 @@ class Flow:
     Attributes:
         chains: all maximal ones, outer ones before those inside them.
         side_inputs: by node, the vectors it adds that are no part of any chain through it.
+        dominators: by tensor, the nearest other that all ways to it lead through; none where they
+            begin at several inputs.
     """
 
     chains: tuple[FlowChain, ...]
     side_inputs: dict[ir.Node, frozenset[ir.Value]]
+    dominators: dict[ir.Value, ir.Value]
 
 
 def find_flow(graph: Graph) -> Flow:
@@ -81,7 +84,7 @@ def find_flow(graph: Graph) -> Flow:
         after = last - post[last - vertex]
         if after != last and _dominates(vertex, after, dominators):
             following[vertex] = after
-    return Flow(tuple(_nested(flow, following)), flow.side_inputs)
+    return Flow(tuple(_nested(flow, following)), flow.side_inputs, _by_tensor(flow, dominators))
 
 
 def flow_chains(graph: Graph) -> list[FlowChain]:
@@ -233,6 +236,15 @@ def _dominates(one: int, other: int, dominators: Sequence[int]) -> bool:
     while other > one:
         other = dominators[other]
     return other == one
+
+
+def _by_tensor(flow: _Flow, dominators: Sequence[int]) -> dict[ir.Value, ir.Value]:
+    found: dict[ir.Value, ir.Value] = {}
+    for vertex, point in enumerate(flow.points):
+        before = flow.points[dominators[vertex]]
+        if point is not None and point.reader is None and before is not None:
+            found[point.value] = before.value
+    return found
 
 
 def _nested(flow: _Flow, following: dict[int, int]) -> list[FlowChain]:

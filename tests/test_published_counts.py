@@ -73,10 +73,9 @@ def counted(name: str, compat: str | None = None) -> Counted:
     graph = graph_of(name)
     norms = name == "ddpm"
     candidates = find_candidates(graph, move_norms=norms, compat=compat)
+    numbered = main_path_convs(graph, candidates.sites)
     if name == "ddpm":
-        numbered = [site for site in candidates.sites.convs if not site.pointwise]
-    else:
-        numbered = main_path_convs(graph, candidates.sites)
+        numbered = [site for site in numbered if not site.pointwise]
     convs = numbered[NETWORKS[name][1]]
     found = []
     for each in candidates.found:
