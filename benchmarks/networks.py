@@ -23,6 +23,7 @@ MOBILENET_V2 = (
 )
 # RepVGG-A0: channels and blocks per stage.
 REPVGG_A0 = ((48, 1), (48, 2), (96, 4), (192, 14), (1280, 1))
+VGG19 = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
 VGG11 = ((64, 1), (128, 1), (256, 2), (512, 2), (512, 2))
 
 
@@ -33,11 +34,16 @@ class Network:
         self.rng = np.random.default_rng(seed)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
-        self.input = helper.make_tensor_value_info(
-            "x", TensorProto.FLOAT, [1, channels, size, size]
-        )
-        self.channels = {"x": channels}
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.channels: dict[str, int] = {}
         self._counts: dict[str, int] = defaultdict(int)
+        self.add_input("x", [1, channels, size, size])
+
+    def add_input(self, name: str, shape: Sequence[int]) -> str:
+        """One more input of the model."""
+        self.inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        self.channels[name] = shape[1]
+        return name
 
     def op(self, op_type: str, *inputs: str, channels: int | None = None, **attributes: Any) -> str:
         """Any node; it has its first input's channels unless told otherwise."""
@@ -48,9 +54,16 @@ class Network:
         return out
 
     def constant(self, name: str, value: Any) -> str:
-        """An initializer."""
-        self.initializers.append(numpy_helper.from_array(np.asarray(value, np.float32), name))
+        """An initializer; one of integers stays one."""
+        array = np.asarray(value)
+        array = array if array.dtype == np.int64 else array.astype(np.float32)
+        self.initializers.append(numpy_helper.from_array(array, name))
         return name
+
+    def shared(self, name: str, value: Any) -> str:
+        """An initializer that is made where it is first asked for."""
+        made = any(tensor.name == name for tensor in self.initializers)
+        return name if made else self.constant(name, value)
 
     def conv(
         self,
@@ -101,38 +114,40 @@ class Network:
 
     def relu6(self, x: str) -> str:
         """A clamp to 0..6 with bounds that all clamps share."""
-        if self._counts["Clip"] == 0:
-            self.constant("zero", 0.0)
-            self.constant("six", 6.0)
-        return self.op("Clip", x, "zero", "six")
+        return self.op("Clip", x, self.shared("zero", 0.0), self.shared("six", 6.0))
+
+    def linear(self, x: str, width: int) -> str:
+        """A fully connected layer."""
+        inside, name = self.channels[x], f"fc{self._counts['Gemm'] + 1}"
+        weight = self.rng.standard_normal((width, inside)) * inside**-0.5
+        bias = self.rng.uniform(-0.1, 0.1, width)
+        names = (self.constant(f"{name}.weight", weight), self.constant(f"{name}.bias", bias))
+        return self.op("Gemm", x, *names, channels=width, transB=1)
 
     def classify(self, x: str, classes: int = 1000) -> str:
         """Global pooling and one fully connected layer."""
-        width = self.channels[x]
-        pooled = self.op("Flatten", self.op("GlobalAveragePool", x))
-        weight = self.rng.standard_normal((classes, width)) * width**-0.5
-        names = (self.constant("fc.weight", weight), self.constant("fc.bias", np.ones(classes)))
-        return self.op("Gemm", pooled, *names, transB=1)
+        return self.linear(self.op("Flatten", self.op("GlobalAveragePool", x)), classes)
 
     def model(self, output: str) -> onnx.ModelProto:
         """The finished, checked model."""
         info = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
-        graph = helper.make_graph(self.nodes, "net", [self.input], [info], self.initializers)
+        graph = helper.make_graph(self.nodes, "net", self.inputs, [info], self.initializers)
         proto = helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
         )
-        inferred = onnx.shape_inference.infer_shapes(proto)
+        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
         graph.output[0].CopyFrom(inferred.graph.output[0])
         proto.graph.CopyFrom(graph)
         onnx.checker.check_model(proto)
         return proto
 
 
-def mobilenet_v2(size: int = 224) -> onnx.ModelProto:
-    """MobileNetV2-1.0 with its normalisations."""
+def mobilenet_v2(size: int = 224, multiplier: float = 1.0) -> onnx.ModelProto:
+    """MobileNetV2 with its normalisations."""
     net = Network(size)
-    x = net.relu6(net.conv_norm("x", 32, 3, stride=2))
-    for expansion, width, repeats, first in MOBILENET_V2:
+    x = net.relu6(net.conv_norm("x", divisible(32 * multiplier), 3, stride=2))
+    for expansion, channels, repeats, first in MOBILENET_V2:
+        width = divisible(channels * multiplier)
         for index in range(repeats):
             stride, inside = (first if index == 0 else 1), net.channels[x]
             y = x
@@ -142,7 +157,41 @@ def mobilenet_v2(size: int = 224) -> onnx.ModelProto:
             y = net.relu6(net.conv_norm(y, wide, 3, stride=stride, groups=wide))
             y = net.conv_norm(y, width, 1, gain=1.0)
             x = net.op("Add", x, y) if stride == 1 and inside == width else y
-    return net.model(net.classify(net.relu6(net.conv_norm(x, 1280, 1))))
+    last = divisible(1280 * max(1.0, multiplier))
+    return net.model(net.classify(net.relu6(net.conv_norm(x, last, 1))))
+
+
+def divisible(width: float, divisor: int = 8) -> int:
+    """MobileNet's rounding of widths: to a multiple of 8, and never down by more than a tenth."""
+    rounded = max(divisor, int(width + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * width else rounded
+
+
+def resnet34(size: int = 224) -> onnx.ModelProto:
+    """ResNet-34 with its normalisations."""
+    net = Network(size)
+    x = net.op("Relu", net.conv_norm("x", 64, 7, stride=2))
+    x = net.op("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+    for width, repeats, first in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for index in range(repeats):
+            stride = first if index == 0 else 1
+            y = net.op("Relu", net.conv_norm(x, width, 3, stride=stride))
+            y = net.norm(net.conv(y, width, 3), scale=0.2)
+            if net.channels[x] != width:
+                x = net.conv_norm(x, width, 1, stride=stride, gain=1.0)
+            x = net.op("Relu", net.op("Add", x, y))
+    return net.model(net.classify(x))
+
+
+def vgg19(size: int = 224) -> onnx.ModelProto:
+    """VGG-19's convolutions with their normalisations, and one fully connected layer."""
+    net = Network(size)
+    x = "x"
+    for width, convolutions in VGG19:
+        for _ in range(convolutions):
+            x = net.op("Relu", net.conv_norm(x, width, 3))
+        x = net.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
+    return net.model(net.classify(x))
 
 
 def resnet50(size: int = 224) -> onnx.ModelProto:

@@ -107,6 +107,7 @@ def inspect(model: Any, *, input_shapes: Mapping[str, Sequence[int]] | None = No
     from graphfold.model import to_proto
     from graphfold.optimizer import load_any
     from graphfold.rewrite import Work, select_passes
+    from graphfold.runs import alternatives
     from graphfold.scopes import fold_everywhere
 
     loaded = load_any(model)
@@ -114,6 +115,7 @@ def inspect(model: Any, *, input_shapes: Mapping[str, Sequence[int]] | None = No
         graph = Graph(loaded)
         trial = Graph(loaded.clone(), dict(graph.shapes))
         statistics = fold_everywhere(select_passes(), Work(trial))
+        stay = list(alternatives(Work(trial)))
         return build_inspection(
             graph,
             model=None if loaded.path is None else str(loaded.path),
@@ -121,6 +123,7 @@ def inspect(model: Any, *, input_shapes: Mapping[str, Sequence[int]] | None = No
             folded=trial,
             folds=[fold for each in statistics for fold in each.folds],
             skipped=[skip for each in statistics for skip in each.skipped],
+            alternatives=stay,
         )
 
 

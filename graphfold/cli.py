@@ -248,11 +248,15 @@ def _warn(report: Report, terminal: Terminal, *, no_verify: bool) -> None:
 def _inspect(
     model: ModelArgument,
     input_shape: ShapeOption = None,
+    segments: Annotated[
+        bool,
+        typer.Option("--segments", help="List every segment, and every reason against one."),
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show blocks, activation sites, convolution sites, and what they cost."""
+    """Show blocks, sites, what they cost, and the segments that a plan may merge."""
     del debug
     with arguments.open_terminal(as_json, quiet) as terminal:
         import graphfold
@@ -262,7 +266,7 @@ def _inspect(
             load(arguments.source(model)), input_shapes=arguments.shapes(input_shape)
         )
         found = dataclasses.replace(found, model=model)
-        terminal.show(found.to_json, found.tables())
+        terminal.show(found.to_json, found.tables(all_segments=segments))
 
 
 @app.command(

@@ -4,7 +4,11 @@ Vertices are tensors, and one more for each use of a tensor that is read more th
 branch has a beginning of its own. A tensor's next cut is its immediate post-dominator where it
 dominates that in turn: what lies between the two has one entry and one exit. These steps form
 chains, and chains nest: a residual block is one step of the chain around it, and its branches are
-chains inside. Nothing here knows what operators mean.
+chains inside.
+
+One thing enters a chain from the side: a vector added to all pixels alike that other inputs of the
+model alone determine (a diffusion network's time embedding). It carries none of the flow, and the
+convolution behind it maps it to another vector.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from graphfold.linear import variable_inputs
 
 # Asking for a tensor's shape lets none of its values flow.
 _SHAPE_ONLY = ("Shape", "Size")
+_SIDE_JOINS = ("Add", "Sum")
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,24 @@ class FlowChain:
         return tuple(node for step in self.steps[start:end] for node in step)
 
 
-def flow_chains(graph: Graph) -> list[FlowChain]:
-    """All maximal chains of the main graph, outer ones before those inside them.
+@dataclass(frozen=True)
+class Flow:
+    """A graph's chains, and what enters them from the side.
+
+    Attributes:
+        chains: all maximal ones, outer ones before those inside them.
+        side_inputs: by node, the vectors it adds that are no part of any chain through it.
+        dominators: by tensor, the nearest other that all ways to it lead through; none where they
+            begin at several inputs.
+    """
+
+    chains: tuple[FlowChain, ...]
+    side_inputs: dict[ir.Node, frozenset[ir.Value]]
+    dominators: dict[ir.Value, ir.Value]
+
+
+def find_flow(graph: Graph) -> Flow:
+    """The chains of the main graph.
 
     Takes time in proportion to the graph's size and the depth of its nesting.
     """
@@ -63,7 +84,12 @@ def flow_chains(graph: Graph) -> list[FlowChain]:
         after = last - post[last - vertex]
         if after != last and _dominates(vertex, after, dominators):
             following[vertex] = after
-    return _nested(flow, following)
+    return Flow(tuple(_nested(flow, following)), flow.side_inputs, _by_tensor(flow, dominators))
+
+
+def flow_chains(graph: Graph) -> list[FlowChain]:
+    """All maximal chains of the main graph, outer ones before those inside them."""
+    return list(find_flow(graph).chains)
 
 
 class _Flow:
@@ -73,30 +99,64 @@ class _Flow:
         points: by vertex; None at both ends.
         sources: by vertex, the vertices that flow into it; all smaller.
         order: the nodes through which something flows, numbered in execution order.
+        side_inputs: by node, the vectors it adds that do not flow through it.
     """
 
     def __init__(self, graph: Graph) -> None:
         self.points: list[Point | None] = [None]
         self.sources: list[list[int]] = [[]]
         self.order: dict[ir.Node, int] = {}
+        self.side_inputs: dict[ir.Node, frozenset[ir.Value]] = {}
+        self._graph = graph
+        self._idle = _idle(graph)
         self._vertex: dict[tuple[ir.Value, ir.Node | None], int] = {}
-        for value in graph.ir.inputs:
+        # The model's inputs that a tensor is computed from, one bit each.
+        self._origins: dict[ir.Value, int] = {}
+        for number, value in enumerate(graph.ir.inputs):
             if not graph.is_constant(value):
+                self._origins[value] = 1 << number
                 self._add_tensor(value, [0])
         for index, node in enumerate(graph.ir):
-            if is_op(node, *_SHAPE_ONLY):
+            if node in self._idle:
                 continue
             read = [value for value in variable_inputs(graph, node) if self._knows(value)]
             if not read:
                 continue
             self.order[node] = index
-            entering = [self._entering(value, node) for value in dict.fromkeys(read)]
-            for output in node.outputs:
-                if output.name and (output.uses() or output.is_graph_output()):
-                    self._add_tensor(output, entering)
+            self._add_node(node, read)
         ends = [self._vertex[value, None] for value in graph.ir.outputs if self._knows(value)]
         self.points.append(None)
         self.sources.append(sorted(set(ends)) or [0])
+
+    def _add_node(self, node: ir.Node, read: Sequence[ir.Value]) -> None:
+        aside = self._side_inputs(node, read)
+        if aside:
+            self.side_inputs[node] = aside
+        through = [value for value in dict.fromkeys(read) if value not in aside]
+        entering = [self._entering(value, node) for value in through]
+        origins = 0
+        for value in through:
+            origins |= self._origins[value]
+        for output in node.outputs:
+            if self._leads_on(output):
+                self._origins[output] = origins
+                self._add_tensor(output, entering)
+
+    def _side_inputs(self, node: ir.Node, read: Sequence[ir.Value]) -> frozenset[ir.Value]:
+        if len(set(read)) < 2 or not is_op(node, *_SIDE_JOINS):
+            return frozenset()
+        vectors = [value for value in read if _is_vector(self._graph, value)]
+        maps = [value for value in read if value not in vectors]
+        origins = 0
+        for value in maps:
+            origins |= self._origins[value]
+        aside = [value for value in vectors if not self._origins[value] & origins]
+        return frozenset(aside if maps else ())
+
+    def _leads_on(self, value: ir.Value) -> bool:
+        if value.is_graph_output():
+            return True
+        return any(usage.node not in self._idle for usage in value.uses())
 
     def _knows(self, value: ir.Value) -> bool:
         return (value, None) in self._vertex
@@ -111,13 +171,32 @@ class _Flow:
     def _add_tensor(self, value: ir.Value, sources: Sequence[int]) -> None:
         vertex = self._add(Point(value), sources)
         readers = list(dict.fromkeys(usage.node for usage in value.uses()))
-        readers = [node for node in readers if not is_op(node, *_SHAPE_ONLY)]
+        readers = [node for node in readers if node not in self._idle]
         if len(readers) + value.is_graph_output() > 1:
             for reader in readers:
                 self._add(Point(value, reader), [vertex])
 
     def _entering(self, value: ir.Value, node: ir.Node) -> int:
         return self._vertex.get((value, node), self._vertex[value, None])
+
+
+def _idle(graph: Graph) -> set[ir.Node]:
+    """Nodes that lead none of their inputs' values to an output."""
+    idle: set[ir.Node] = set()
+    for node in reversed(graph.nodes()):
+        used = any(
+            value.is_graph_output() or any(usage.node not in idle for usage in value.uses())
+            for value in node.outputs
+        )
+        if is_op(node, *_SHAPE_ONLY) or not used:
+            idle.add(node)
+    return idle
+
+
+def _is_vector(graph: Graph, value: ir.Value) -> bool:
+    """Whether a tensor is known to be [N, C, 1, ..., 1]."""
+    sizes = graph.sizes(value)
+    return bool(sizes) and all(size == 1 for size in sizes or ())
 
 
 def _reversed(sources: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -157,6 +236,15 @@ def _dominates(one: int, other: int, dominators: Sequence[int]) -> bool:
     while other > one:
         other = dominators[other]
     return other == one
+
+
+def _by_tensor(flow: _Flow, dominators: Sequence[int]) -> dict[ir.Value, ir.Value]:
+    found: dict[ir.Value, ir.Value] = {}
+    for vertex, point in enumerate(flow.points):
+        before = flow.points[dominators[vertex]]
+        if point is not None and point.reader is None and before is not None:
+            found[point.value] = before.value
+    return found
 
 
 def _nested(flow: _Flow, following: dict[int, int]) -> list[FlowChain]:
@@ -202,5 +290,6 @@ def _between(flow: _Flow, start: Point, end: Point) -> tuple[ir.Node, ...]:
         if value is start.value or node is None or node in found or node not in flow.order:
             continue
         found.add(node)
-        stack.extend(source for source in node.inputs if source is not None)
+        aside = flow.side_inputs.get(node, frozenset())
+        stack.extend(value for value in node.inputs if value is not None and value not in aside)
     return tuple(sorted(found, key=flow.order.__getitem__))

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 from graphfold import tables
 from graphfold.cost import Cost, Totals, analyze
 from graphfold.graph import Graph
+from graphfold.sizes import resolved_shapes
 from graphfold.specs import describe_shape
 from graphfold.tables import Table, make_table
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from graphfold.candidates import Exclusion
     from graphfold.rewrite import Fold, Skip
+    from graphfold.runs import Alternative
+    from graphfold.segment_tables import InspectedSegment
 
 
 class ActivationLike(Protocol):
@@ -112,6 +116,9 @@ class Inspection:
         folded_cost: of the network folded without a plan, None where that was not tried.
         folds: what would fold without a plan, None where that was not tried.
         skipped: what would not, and why.
+        segments: what a plan may merge, single convolutions included.
+        excluded: why segments reach no further.
+        alternatives: what the merges that cost forbids would cost.
     """
 
     model: str | None
@@ -126,6 +133,9 @@ class Inspection:
     folded_cost: Cost | None = None
     folds: tuple[Fold, ...] | None = None
     skipped: tuple[Skip, ...] = ()
+    segments: tuple[InspectedSegment, ...] = ()
+    excluded: tuple[Exclusion, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The JSON document of `inspect --json`."""
@@ -161,17 +171,32 @@ class Inspection:
             "folded": None if self.folded_cost is None else self.folded_cost.total.to_json(),
             "folds": None if self.folds is None else [_fold_json(fold) for fold in self.folds],
             "skipped": [{"site": item.site, "reason": item.reason} for item in self.skipped],
+            "alternatives": [item.to_json() for item in self.alternatives],
+            "segments": [item.to_json() for item in self.segments],
+            "excluded_segments": [
+                {"input": item.input, "output": item.output, "reason": item.reason}
+                for item in self.excluded
+            ],
         }
 
-    def tables(self) -> list[Table]:
-        """All tables; those without rows are left out."""
+    def tables(self, *, all_segments: bool = False) -> list[Table]:
+        """All tables; those without rows are left out.
+
+        Args:
+            all_segments: every segment and every reason, where the short form has the first few.
+        """
+        from graphfold import segment_tables
+
         found = [
             self._interface(),
             self._totals(),
             self._blocks(),
             self._activations(),
             self._convs(),
+            segment_tables.segment_table(self.segments, whole=all_segments),
+            segment_tables.exclusion_table(self.excluded, whole=all_segments),
             *self._foldable(),
+            segment_tables.alternatives_table(self.alternatives, whole=all_segments),
         ]
         return [table for table in found if table.rows]
 
@@ -282,6 +307,7 @@ def build_inspection(
     folded: Graph | None = None,
     folds: Sequence[Fold] | None = None,
     skipped: Sequence[Skip] = (),
+    alternatives: Sequence[Alternative] = (),
 ) -> Inspection:
     """Gather an inspection; sites and blocks are found here where they are not given.
 
@@ -295,13 +321,18 @@ def build_inspection(
         folded: the network folded without a plan, None where that was not tried.
         folds: what would fold without a plan, None where that was not tried.
         skipped: what would not, and why.
+        alternatives: what the merges that cost forbids would cost.
     """
     from graphfold import segments
+    from graphfold.candidates import find_candidates
+    from graphfold.segment_tables import inspect_segments
 
     sites = segments.activation_sites(graph) if sites is None else sites
     conv_sites = segments.conv_sites(graph) if conv_sites is None else conv_sites
     blocks = segments.blocks(graph) if blocks is None else blocks
-    cost = analyze(graph, input_shapes=input_shapes)
+    shapes = resolved_shapes(graph, input_shapes)
+    cost = analyze(graph, shapes)
+    candidates = find_candidates(graph)
     return Inspection(
         model=model,
         opset=graph.opset,
@@ -315,6 +346,9 @@ def build_inspection(
         folded_cost=None if folded is None else analyze(folded, input_shapes=input_shapes),
         folds=None if folds is None else tuple(folds),
         skipped=tuple(skipped),
+        segments=inspect_segments(candidates, cost, shapes),
+        excluded=candidates.excluded,
+        alternatives=tuple(alternatives),
     )
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -302,6 +303,66 @@ def merged_cost(
     return RunCost(
         geometry.macs(nominal) + macs, geometry.params + params, 1 if repair is None else 2
     )
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A loose run that stays as it is, and one convolution that would equal it.
+
+    Attributes:
+        input, output: tensors.
+        convs: output tensors of its convolutions, in execution order.
+        kernel: of the merged convolution, per axis.
+        present, merged: costs per image; sizes that are not fixed count as `NOMINAL_SIZE`.
+    """
+
+    input: str
+    output: str
+    convs: tuple[str, ...]
+    kernel: tuple[int, ...]
+    present: RunCost
+    merged: RunCost
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; pairs are now and merged."""
+        return {
+            "input": self.input,
+            "output": self.output,
+            "convs": list(self.convs),
+            "kernel": list(self.kernel),
+            "operations": [self.present.macs, self.merged.macs],
+            "params": [self.present.params, self.merged.params],
+        }
+
+
+def alternatives(work: Work) -> Iterator[Alternative]:
+    """The longest merges in each loose run whose cheapest split merges nothing."""
+    for chain in mergeable_chains(work):
+        if chain.convs > 1 and not best_split(work, chain).pieces:
+            yield from _longest_merges(work, chain)
+
+
+def _longest_merges(work: Work, chain: Chain) -> Iterator[Alternative]:
+    links, reached = chain.links, 0
+    for start in (index for index, link in enumerate(links) if link.is_conv):
+        pieces = dict(_piece_costs(work, links, start))
+        end = max(pieces, default=0)
+        convs = [link.node for link in links[start:end] if link.is_conv]
+        if end <= reached or len(convs) < 2:
+            continue
+        reached = end
+        merged, present = links[start].operator.geometry, links[start].cost()
+        for link in links[start + 1 : end]:
+            merged = merged.then(link.operator.geometry, links[start].sizes)
+            present = present + link.cost()
+        yield Alternative(
+            input=links[start].source.name or "",
+            output=links[end - 1].node.outputs[0].name or "",
+            convs=tuple(node.outputs[0].name or "" for node in convs),
+            kernel=tuple(merged.kernel),
+            present=present,
+            merged=pieces[end],
+        )
 
 
 def why_separate(work: Work, chain: Chain, first: int, second: int) -> str:

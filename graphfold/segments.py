@@ -5,12 +5,13 @@ Everything is found from the data flow: nothing here knows an architecture or a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from graphfold.errors import NotExactError
+from graphfold.flow import Flow, find_flow
 from graphfold.graph import Graph, consumers, is_op, only_consumer, topological_between
 from graphfold.linear import is_join, variable_inputs
 from graphfold.regions import find_region
@@ -145,36 +146,34 @@ def main_path_convs(graph: Graph, sites: Sites) -> list[ConvSite]:
     The numbering of Kim et al. and LayerMerge: projection shortcuts are not counted.
     """
     shortcuts: set[ir.Node] = set()
+    flow = find_flow(graph)
     convs = {site.conv for site in sites.convs}
     for node in sites.order:
-        if is_op(node, "Add") and is_join(graph, node):
-            shortcuts.update(_shorter_branch(graph, node, convs, sites))
+        is_add = is_op(node, "Add") and is_join(graph, node)
+        # What comes from several inputs of the model was never one tensor: no skip of another.
+        if is_add and node.outputs[0] in flow.dominators:
+            aside = flow.side_inputs.get(node, frozenset())
+            branches = [value for value in variable_inputs(graph, node) if value not in aside]
+            own = [_convs_since_fork(value, node, flow, convs) for value in branches]
+            own.sort(key=len)
+            if len(own[0]) < len(own[-1]):
+                shortcuts.update(own[0])
     return [site for site in sites.convs if site.conv not in shortcuts]
 
 
-def _shorter_branch(
-    graph: Graph, add: ir.Node, convs: set[ir.Node], sites: Sites
-) -> Iterable[ir.Node]:
-    """Convolutions of the branch with fewer of them, between the Add and where both split."""
-    branches = [_ancestors_until_fork(value, sites) for value in variable_inputs(graph, add)]
-    common = set.intersection(*(set(branch) for branch in branches))
-    own = [[node for node in branch if node in convs and node not in common] for branch in branches]
-    own.sort(key=len)
-    return own[0] if len(own[0]) < len(own[-1]) else ()
-
-
-def _ancestors_until_fork(value: ir.Value, sites: Sites) -> list[ir.Node]:
-    """The chain of nodes behind a tensor, as far as it does not join again."""
-    chain: list[ir.Node] = []
-    producer = value.producer()
-    while producer is not None and producer in sites.order:
-        chain.append(producer)
-        inputs = [source for source in producer.inputs if source is not None]
-        produced = [source for source in inputs if source.producer() is not None]
-        if len(produced) != 1:
-            break
-        producer = produced[0].producer()
-    return chain
+def _convs_since_fork(
+    value: ir.Value, join: ir.Node, flow: Flow, convs: set[ir.Node]
+) -> list[ir.Node]:
+    """Convolutions that every way leads through from where branches fork to one of their ends."""
+    fork = flow.dominators[join.outputs[0]]
+    found: list[ir.Node] = []
+    at: ir.Value | None = value
+    while at is not None and at is not fork:
+        producer = at.producer()
+        if producer in convs and producer is not None:
+            found.append(producer)
+        at = flow.dominators.get(at)
+    return found
 
 
 # --- blocks for reading ------------------------------------------------------------------------

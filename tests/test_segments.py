@@ -195,6 +195,18 @@ def test_branches_of_equal_length_are_both_numbered():
     assert [site.name for site in main_path_convs(graph, find_sites(graph))] == ["one", "two"]
 
 
+def test_an_activation_of_several_nodes_does_not_shorten_a_branch():
+    build = ModelBuilder([1, 3, 12, 12])
+    down = build.conv("x", 4, 3, stride=2, out="down")
+    one = build.conv(down, 8, 3, pad=1, out="one")
+    silu = build.op("Mul", one, build.op("Sigmoid", one))
+    two = build.conv(silu, 8, 3, pad=1, out="two")
+    added = build.op("Add", build.conv(down, 8, 1, out="shortcut"), two)
+    graph = Graph(load(build.model(build.op("Relu", added))))
+    found = [site.name for site in main_path_convs(graph, find_sites(graph))]
+    assert found == ["down", "one", "two"]
+
+
 def test_activation_sites_come_in_order():
     assert [site.name for site in activation_sites(graph_of(basic_blocks()))] == [
         *("ra1", "ra2", "rb1", "y"),
