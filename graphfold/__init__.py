@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from graphfold.calibration.latency import LatencyComparison
+    from graphfold.calibration.planning import PlanResult
     from graphfold.calibration.profile import Profile
     from graphfold.inspection import Inspection
     from graphfold.optimizer import Result
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from graphfold.rewrite import Progress
     from graphfold.verification import Verification
 
-__all__ = ["bench", "inspect", "optimize", "profile", "verify"]
+__all__ = ["bench", "inspect", "make_plan", "optimize", "profile", "verify"]
 
 
 def optimize(
@@ -195,3 +196,20 @@ def profile(model: Any, output: str | os.PathLike[str] | None = None, **options:
     from graphfold.optimizer import load_any
 
     return profile_model(load_any(model), None if output is None else Path(output), **options)
+
+
+def make_plan(model: Any, **options: Any) -> PlanResult:
+    """Choose a plan for a speedup or a budget, see `graphfold.calibration.planning.make_plan`.
+
+    Args:
+        model: in any form that `optimize` takes.
+        options: latency, importance, speedup, budget, frontier, method, boundary, compat, confirm,
+            input_shapes, progress.
+
+    Raises:
+        UsageError, MeasuresError: bad input. BudgetError: no plan is as fast as asked.
+    """
+    from graphfold.calibration.planning import make_plan as choose
+    from graphfold.optimizer import load_any
+
+    return choose(load_any(model), **options)

@@ -184,6 +184,8 @@ def _check_nodes(
     outer = outer or set()
     in_order = True
     for node in nodes:
+        if not isinstance(node.name, str):
+            raise ModelError(f"the name of a {node.op_type} node is not text", hint=_EXPORT_AGAIN)
         for name in node.input:
             if not name or name in ready or name in outer:
                 continue

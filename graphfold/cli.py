@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 import traceback
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphfold import __version__, guard
+from graphfold import __version__, arguments, cli_plan, guard
 from graphfold.errors import GraphfoldError, ModelError, UsageError
 from graphfold.options import (
     DataOption,
@@ -33,18 +32,12 @@ from graphfold.terminal import (
     INTERRUPTED,
     STDIO,
     Terminal,
-    check_output,
     interruptible,
-    read_stdin,
-    reserved_stdout,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from numpy.typing import NDArray
-
-    from graphfold.model import Model
     from graphfold.report import Report
 
 FAILED = 1
@@ -198,22 +191,22 @@ def _optimize(
     if no_verify and require_verify:
         raise UsageError("--no-verify contradicts --require-verify")
     targets.check()
-    with _terminal(as_json, quiet, tables_to_stderr=targets.to_stdout) as terminal:
+    with arguments.open_terminal(as_json, quiet, tables_to_stderr=targets.to_stdout) as terminal:
         import graphfold
         from graphfold.model import load
 
         started = time.perf_counter()
-        loaded = load(_source(model))
+        loaded = load(arguments.source(model))
         load_seconds = time.perf_counter() - started
         result = graphfold.optimize(
             loaded,
             plan,
-            passes=None if passes is None else _names(passes),
-            skip_passes=[name for item in skip_pass or () for name in _names(item)],
+            passes=None if passes is None else arguments.names(passes),
+            skip_passes=[name for item in skip_pass or () for name in arguments.names(item)],
             allow_other_model=allow_other_model,
             allow_growth=allow_growth,
-            input_shapes=_shapes(input_shape),
-            inputs=_inputs(data, loaded),
+            input_shapes=arguments.shapes(input_shape),
+            inputs=arguments.inputs(data, loaded),
             tolerance=tolerance,
             verify=not no_verify,
             require_verify=require_verify,
@@ -261,11 +254,13 @@ def _inspect(
 ) -> None:
     """Show blocks, activation sites, convolution sites, and what they cost."""
     del debug
-    with _terminal(as_json, quiet) as terminal:
+    with arguments.open_terminal(as_json, quiet) as terminal:
         import graphfold
         from graphfold.model import load
 
-        found = graphfold.inspect(load(_source(model)), input_shapes=_shapes(input_shape))
+        found = graphfold.inspect(
+            load(arguments.source(model)), input_shapes=arguments.shapes(input_shape)
+        )
         found = dataclasses.replace(found, model=model)
         terminal.show(found.to_json, found.tables())
 
@@ -303,20 +298,20 @@ def _verify(
 ) -> None:
     """Compare two models' outputs: errors, top-1 agreement, KL divergence."""
     del debug
-    _at_most_one_stdin([a, b])
-    with _terminal(as_json, quiet) as terminal:
+    arguments.at_most_one_stdin([a, b])
+    with arguments.open_terminal(as_json, quiet) as terminal:
         import graphfold
         from graphfold.model import load
         from graphfold.report import fold_comparison_table, verification_table
 
-        first, second = load(_source(a)), load(_source(b))
+        first, second = load(arguments.source(a)), load(arguments.source(b))
         found = graphfold.verify(
             first,
             second,
             plan=plan,
             allow_other_model=allow_other_model,
-            inputs=_inputs(data, first),
-            input_shapes=_shapes(input_shape),
+            inputs=arguments.inputs(data, first),
+            input_shapes=arguments.shapes(input_shape),
             tolerance=tolerance,
             progress=terminal.progress,
         )
@@ -362,17 +357,17 @@ def _bench(
 ) -> None:
     """Measure latency: interleaved, with spread and ratios."""
     del debug
-    _at_most_one_stdin(models)
-    with _terminal(as_json, quiet) as terminal:
+    arguments.at_most_one_stdin(models)
+    with arguments.open_terminal(as_json, quiet) as terminal:
         import graphfold
         from graphfold.model import load
 
-        loaded = [load(_source(name)) for name in models]
+        loaded = [load(arguments.source(name)) for name in models]
         found = graphfold.bench(
             loaded,
             names=models,
-            inputs=_inputs(data, loaded[0]),
-            input_shapes=_shapes(input_shape),
+            inputs=arguments.inputs(data, loaded[0]),
+            input_shapes=arguments.shapes(input_shape),
             threads=threads,
             provider=provider,
             rounds=rounds,
@@ -386,178 +381,21 @@ def _bench(
         terminal.show(found.to_json, found.tables())
 
 
-@app.command(
-    "profile",
-    epilog="Interrupt it at any time: with the same arguments it continues from OUT.partial.\n\n"
-    "Examples:\n\ngraphfold profile model.onnx -o latency.json\n\n"
-    "graphfold profile model.onnx -o latency.json --threads 4 --time-budget 120",
-)
-def _profile(
-    model: ModelArgument,
-    out: Annotated[
-        str,
-        typer.Option(
-            "--output", "-o", metavar="OUT", help="Where to write the table.", show_default=False
-        ),
-    ],
-    provider: Annotated[
-        str, typer.Option("--provider", help="onnxruntime execution provider.")
-    ] = "CPUExecutionProvider",
-    threads: Annotated[
-        int, typer.Option("--threads", min=1, help="Intra-op threads of each session.")
-    ] = 1,
-    batch: Annotated[
-        int, typer.Option("--batch", min=1, help="Images at once, where the model leaves it open.")
-    ] = 1,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="In which convolutions are computed.")
-    ] = "float32",
-    time_budget: Annotated[
-        float | None,
-        typer.Option(
-            "--time-budget",
-            metavar="SECONDS",
-            min=1.0,
-            help="Time that measuring operators may take; fewer rounds where it is short.",
-            show_default=False,
-        ),
-    ] = None,
-    input_shape: ShapeOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Measure the latency table of a model on this device; resumable."""
-    del debug
-    output = Path(out)
-    inputs = [] if model == STDIO else [Path(model)]
-    if out == STDIO:
-        raise UsageError("the table cannot go to stdout", hint="give a file: -o latency.json")
-    check_output(output, inputs=inputs, option="--output")
-    with _terminal(as_json, quiet) as terminal:
-        import graphfold
-        from graphfold.model import load
-
-        found = graphfold.profile(
-            load(_source(model)),
-            output,
-            provider=provider,
-            threads=threads,
-            batch=batch,
-            dtype=dtype,
-            time_budget=time_budget,
-            input_shapes=_shapes(input_shape),
-            progress=terminal.progress,
-        )
-        terminal.close()
-        for text in found.warnings:
-            terminal.warn(text)
-        if found.continued:
-            terminal.note(f"continued: {found.continued} operators were measured before")
-        terminal.show(found.to_json, found.tables())
-        terminal.note(f"wrote {out}")
-
-
-@app.command(
-    "plan",
-    epilog="Example:\n\ngraphfold plan --schema > plan.schema.json",
-)
-def _plan(
-    schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON Schema of plan files.")
-    ] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Print the JSON Schema of plan files."""
-    del as_json, quiet, debug
-    if not schema:
-        raise UsageError(
-            "plan can only print the schema in this version", hint="graphfold plan --schema"
-        )
-    with _terminal(as_json=True, quiet=False) as terminal:
-        from graphfold.plan import json_schema
-
-        terminal.show(json_schema, [])
-
-
-# Arguments --------------------------------------------------------------------------------------
-
-
-def _source(model: str) -> Path | bytes:
-    return read_stdin() if model == STDIO else Path(model)
-
-
-def _at_most_one_stdin(models: Sequence[str]) -> None:
-    if sum(name == STDIO for name in models) > 1:
-        raise UsageError("only one model can come from stdin")
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _shapes(items: Sequence[str] | None) -> dict[str, tuple[int, ...]] | None:
-    """`name:1,3,224,224` or `1,3,224,224`, by input name ("" without one).
-
-    Names may hold colons, as TensorFlow's do: the sizes come after the last one.
-    """
-    if not items:
-        return None
-    found: dict[str, tuple[int, ...]] = {}
-    for item in items:
-        name, _, sizes = item.rpartition(":")
-        try:
-            shape = tuple(int(size) for size in sizes.replace("x", ",").split(","))
-        except ValueError:
-            raise UsageError(
-                f"--input-shape {item!r} is no shape", hint="for example input:1,3,224,224"
-            ) from None
-        if name in found:
-            raise UsageError(f"--input-shape gives {name or 'the input'!r} twice")
-        found[name] = shape
-    return found
-
-
-def _inputs(data: str | None, model: Model) -> Iterator[dict[str, NDArray[Any]]] | None:
-    if data is None:
-        return None
-    from graphfold.calibration.dataset import read_inputs
-    from graphfold.specs import model_inputs
-
-    return read_inputs(data, model_inputs(model))
+cli_plan.register(app)
 
 
 # Running ----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _terminal(as_json: bool, quiet: bool, *, tables_to_stderr: bool = False) -> Iterator[Terminal]:
-    try:
-        with reserved_stdout() as stdout:
-            terminal = Terminal(
-                stdout, as_json=as_json, quiet=quiet, tables_to_stderr=tables_to_stderr
-            )
-            try:
-                yield terminal
-            finally:
-                terminal.close()
-    except BrokenPipeError:
-        # Whoever read the tables has seen enough; nothing may be flushed to it any more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise typer.Exit from None
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     As a process of its own (no arguments), the command is isolated: see `graphfold.guard`.
     """
-    if arguments is not None:
-        return _run(list(arguments))
-    argv = sys.argv[1:]
-    return guard.contained(lambda: _run(argv), lambda text: _fail(ModelError(text), argv))
+    if argv is not None:
+        return _run(list(argv))
+    given = sys.argv[1:]
+    return guard.contained(lambda: _run(given), lambda text: _fail(ModelError(text), given))
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -104,6 +104,8 @@ class Graph:
         self._spill_known = False
         # Set where something became constant that shapes may depend on.
         self.shapes_may_grow = False
+        # Grows whenever more became known of shapes.
+        self.shapes_version = 0
 
     @property
     def opset(self) -> int:
@@ -121,22 +123,41 @@ class Graph:
         ir_version = self.model.ir.ir_version or 0
         return ir_version >= _OPTIONAL_INPUTS_IR_VERSION and not self.in_function
 
-    def refine_shapes(self) -> None:
+    def refine_shapes(self) -> bool:
         """Infer shapes again, after constants became known, and add what was not known yet.
 
         Bodies wait for the main graph's turn: there is one inference for the whole model.
+
+        Returns:
+            Whether a tensor of the graph has a shape that is better known than before.
         """
         if not self.is_main:
-            return
+            return False
+        learned = False
         for name, found in infer_shapes(self.model).items():
             known = self.shapes.get(name)
             if known is None:
-                self.shapes[name] = found
+                better = found
             elif len(known) == len(found):
-                self.shapes[name] = tuple(
+                better = tuple(
                     other if isinstance(other, int) and not isinstance(size, int) else size
                     for size, other in zip(known, found, strict=True)
                 )
+            else:
+                continue
+            learned |= better != known
+            self.shapes[name] = better
+        self.shapes_version += learned
+        return learned
+
+    def has_open_shapes(self) -> bool:
+        """Whether the shape of some node's result is not known in full."""
+        return any(
+            not all(isinstance(size, int) for size in self.shape(value) or (None,))
+            for node in self.ir
+            for value in node.outputs
+            if value.uses()
+        )
 
     def nodes(self) -> list[ir.Node]:
         """The nodes in execution order, as a list that stays valid while the graph is edited."""
@@ -182,10 +203,11 @@ class Graph:
         return found
 
     def _own_dtype(self, value: ir.Value) -> ir.DataType | None:
-        if value.dtype not in (None, ir.DataType.UNDEFINED):
-            return value.dtype
+        # A declaration may contradict what it declares.
         if value.const_value is not None:
             return value.const_value.dtype
+        if value.dtype not in (None, ir.DataType.UNDEFINED):
+            return value.dtype
         producer = value.producer()
         if producer is not None and is_op(producer, "Cast"):
             return ir.DataType(attribute(producer, "to"))

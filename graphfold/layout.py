@@ -41,7 +41,7 @@ class Chain:
     def __post_init__(self) -> None:
         if len(self.tensors) < 2 or len(set(self.tensors)) < len(self.tensors):
             raise ValueError(f"a chain has two or more different tensors, not {self.tensors}")
-        for number, chains in self.branches.items():
+        for number in self.branches:
             if not 0 <= number < len(self.tensors) - 1:
                 raise ValueError(f"no tensors {number} and {number + 1} for branches between them")
 

@@ -30,7 +30,7 @@ FLOAT_TYPES = frozenset(
     {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 )
 DEFAULT_EPSILON = 1e-5
-_OVERFLOWING = 1e30
+OVERFLOWING = 1e30
 # Operators that fold into the convolution before them where their constants are per channel.
 PER_CHANNEL = ("BatchNormalization", "Add", "Sub", "Mul", "Div", "Neg")
 
@@ -81,13 +81,9 @@ def variable_inputs(graph: Graph, node: ir.Node) -> list[ir.Value]:
 def _conv(node: ir.Node, context: Context) -> LinearOperator:
     graph = context.graph
     weight_value = node.inputs[1]
-    if not graph.is_constant(weight_value):
-        raise NotExactError(f"the weight of {node_label(node)!r} is not a constant")
-    weight_shape = constant_shape(graph, weight_value)
+    weight_shape = conv_weight_shape(node, graph)
     axes = conv_axes(node, weight_shape[2:], context.sizes)
     groups = attribute(node, "group", 1)
-    if groups < 1 or weight_shape[0] % groups or weight_shape[1] < 1:
-        raise NotExactError(f"{node_label(node)!r} has {groups} groups, which its weights have not")
     bias = _optional_vector(node, 2, graph, weight_shape[0])
     geometry = Geometry(
         axes, weight_shape[1] * groups, weight_shape[0], groups, biased=bool(np.any(bias))
@@ -97,6 +93,38 @@ def _conv(node: ir.Node, context: Context) -> LinearOperator:
         return AffineConv(_float64(graph, weight_value, node), bias, axes, groups)
 
     return LinearOperator(geometry, build)
+
+
+def conv_weight_shape(node: ir.Node, graph: Graph) -> tuple[int, ...]:
+    """Shape [O, I / groups, *kernel] of a Conv's weight.
+
+    Raises:
+        NotExactError: it is not a constant, or does not fit the node's attributes.
+    """
+    if not graph.is_constant(node.inputs[1]):
+        raise NotExactError(f"the weight of {node_label(node)!r} is not a constant")
+    shape = constant_shape(graph, node.inputs[1])
+    groups = attribute(node, "group", 1)
+    if len(shape) < 3:
+        raise NotExactError(f"the weight of {node_label(node)!r} has {len(shape)} axes")
+    if groups < 1 or shape[0] % groups or shape[1] < 1:
+        raise NotExactError(f"{node_label(node)!r} has {groups} groups, which its weights have not")
+    check_window(node, shape[2:])
+    return shape
+
+
+def check_window(node: ir.Node, kernel: Sequence[int]) -> None:
+    """Raise NotExactError where a node's strides, dilations or pads are not those of its kernel."""
+    rank = len(kernel)
+    strides = attribute(node, "strides") or [1] * rank
+    dilations = attribute(node, "dilations") or [1] * rank
+    pads = attribute(node, "pads") or [0] * (2 * rank)
+    counts = (len(strides), len(dilations), len(pads))
+    if counts != (rank, rank, 2 * rank) or min(*kernel, *strides, *dilations) < 1:
+        raise NotExactError(f"the window of {node_label(node)!r} is not one of {rank} axes")
+    stated = attribute(node, "kernel_shape")
+    if stated is not None and tuple(stated) != tuple(kernel):
+        raise NotExactError(f"the kernel_shape of {node_label(node)!r} is not that of its weights")
 
 
 def conv_axes(
@@ -112,9 +140,7 @@ def conv_axes(
     dilations = attribute(node, "dilations") or [1] * rank
     pads = attribute(node, "pads") or [0] * (2 * rank)
     auto_pad = attribute(node, "auto_pad", "NOTSET")
-    counts = (len(strides), len(dilations), len(pads))
-    if counts != (rank, rank, 2 * rank) or min(*kernel, *strides, *dilations) < 1:
-        raise NotExactError(f"the window of {node_label(node)!r} is not one of {rank} axes")
+    check_window(node, kernel)
     axes = []
     for number in range(rank):
         axis = Axis(kernel[number], strides[number], dilations[number])
@@ -362,7 +388,7 @@ def _require_finite(values: NDArray[np.float64]) -> None:
 
     Where it does depends on the order of operations, which a merge changes.
     """
-    if not np.all(np.abs(values) < _OVERFLOWING):
+    if not np.all(np.abs(values) < OVERFLOWING):
         raise NotExactError("its constants are not finite, or so large that results overflow")
 
 
@@ -426,7 +452,8 @@ def _channel_constant(node: ir.Node, index: int, context: Context) -> NDArray[np
     leading = attribute(node, "axis", rank - constant.ndim) % rank if constant.ndim else 0
     trailing = max(0, rank - constant.ndim - leading)
     aligned = constant.reshape((1,) * leading + constant.shape + (1,) * trailing)
-    if aligned.shape[1] not in (1, channels) or aligned.size != aligned.shape[1]:
+    across = aligned.shape[1] if aligned.ndim > 1 else 0
+    if across not in (1, channels) or aligned.size != across:
         raise NotExactError(
             f"the constant of {node_label(node)!r} has shape {list(constant.shape)}, which is "
             "not per channel"

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from graphfold.affine import AffineConv
 from graphfold.bounds import coefficients
@@ -18,7 +20,7 @@ from graphfold.emit import Emitter, choose_repair, emit_affine, without_cropping
 from graphfold.errors import NotExactError
 from graphfold.geometry import Axis, Geometry
 from graphfold.graph import is_op, nodes_between
-from graphfold.linear import FLOAT_TYPES
+from graphfold.linear import FLOAT_TYPES, OVERFLOWING
 from graphfold.maps import AffineMap
 from graphfold.regions import Region, find_region, region_affine, region_geometry, region_macs
 from graphfold.rewrite import (
@@ -107,6 +109,10 @@ def merge_region(work: Work, candidate: MergeCandidate, pass_name: str) -> Fold:
     repair = choose_repair(geometry, sizes, work.repair, opset=graph.opset)
     macs = _macs(work, region, geometry, sizes)
     affine = region_affine(graph, region)
+    dtype = region_dtype(work, region)
+    assert dtype is not None
+    with np.errstate(over="ignore"):
+        check_finite(affine.weight.astype(_numpy(dtype)), affine.bias.astype(_numpy(dtype)))
     return replace_region(work, candidate, affine, pass_name, repair=repair, macs=macs)
 
 
@@ -150,6 +156,17 @@ def replace_region(
     if segment is not None:
         work.barrier.update(nodes_between(region.entry, result))
     return fold
+
+
+def check_finite(*weights: NDArray[Any]) -> None:
+    """Raise NotExactError for weights with which results overflow, or that are none.
+
+    Where a network overflows depends on the order of operations, which a merge changes.
+    """
+    for weight in weights:
+        extremes = (float(weight.max(initial=0)), float(weight.min(initial=0)))
+        if not all(abs(extreme) < OVERFLOWING for extreme in extremes):
+            raise NotExactError("its weights are not finite, or so large that results overflow")
 
 
 def put_in_place(

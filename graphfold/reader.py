@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx_ir import serde
 
+from graphfold.errors import ModelError
 from graphfold.origins import (
     KEY,
     SPARSE,
@@ -46,6 +47,7 @@ from graphfold.writer import (
     write_tensor_header,
 )
 
+_SCALARS = (("i", AttributeType.INT), ("f", AttributeType.FLOAT), ("s", AttributeType.STRING))
 # Attributes that onnx-ir holds as they are, references to them included; texts where it can.
 _NUMBERS = frozenset(
     {onnx_ir.AttributeType.INT, onnx_ir.AttributeType.INTS}
@@ -62,6 +64,7 @@ def read(original: onnx.ModelProto) -> tuple[onnx_ir.Model, Header]:
     The tensors of the result refer to `original`, which must not change afterwards.
     The graph must be well formed (see `graphfold.check`), otherwise onnx-ir raises its own errors.
     """
+    _refuse_references(original.graph)
     plain = _representable(original)
     model = serde.deserialize_model(plain)
     _remember_graph(original.graph, model.graph)
@@ -70,6 +73,20 @@ def read(original: onnx.ModelProto) -> tuple[onnx_ir.Model, Header]:
     canonical = onnx.ModelProto()
     write_model_header(canonical, model)
     return model, Header(origin_of(canonical, without(original, "graph", "functions")))
+
+
+def _refuse_references(graph: onnx.GraphProto) -> None:
+    """Outside functions an attribute cannot refer to one of the function that encloses it."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.ref_attr_name:
+                raise ModelError(
+                    f"the attribute {attribute.name!r} of {node.name or node.op_type!r} refers to "
+                    f"{attribute.ref_attr_name!r} of a function, and is in none",
+                    hint="export the model again",
+                )
+        for sub in _subgraphs(node):
+            _refuse_references(sub)
 
 
 def _representable(original: onnx.ModelProto) -> onnx.ModelProto:
@@ -123,6 +140,12 @@ def _lossy_attribute(attribute: onnx.AttributeProto) -> bool:
     if attribute.ref_attr_name:
         return False
     kind = attribute.type
+    for name, stated in _SCALARS:
+        if kind != stated and kind != AttributeType.UNDEFINED and attribute.HasField(name):
+            raise ModelError(
+                f"the attribute {attribute.name!r} has a value that contradicts its type",
+                hint="export the model again",
+            )
     if kind == AttributeType.STRING:
         return not _is_utf8(attribute.s)
     if kind == AttributeType.STRINGS:

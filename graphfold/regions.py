@@ -214,6 +214,8 @@ def _known_after(
 ) -> tuple[int, tuple[int | None, ...]]:
     """Channels and sizes of what `value` makes of a tensor of these sizes."""
     width = value.out_channels if isinstance(value, Geometry) else value.weight.shape[0]
+    if len(value.axes) != len(sizes):
+        raise NotExactError(f"a window of {len(value.axes)} axes reads {len(sizes)} spatial axes")
     outputs = tuple(
         None if size is None else axis.output_size(size)
         for axis, size in zip(value.axes, sizes, strict=True)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from graphfold.bounds import Coefficients
-from graphfold.errors import UsageError
+from graphfold.errors import NotExactError, UsageError
 from graphfold.graph import Graph, node_label
 from graphfold.maps import AffineMap
 from graphfold.plan import Boundary, nearest
@@ -178,7 +178,11 @@ class Pass(ABC):
 
     @abstractmethod
     def rewrite(self, work: Work, candidate: Any) -> Fold | None:
-        """Rewrite one candidate that `check` accepted; a Fold where operators were merged."""
+        """Rewrite one candidate that `check` accepted; a Fold where operators were merged.
+
+        Raises:
+            NotExactError: what only the numbers tell speaks against it; nothing was changed.
+        """
 
 
 def available_passes() -> dict[str, type[Pass]]:
@@ -235,19 +239,22 @@ def run_passes(
     """
     chosen = [each for each in passes if each.phase is phase]
     statistics = [PassStatistics(each.name) for each in chosen]
-    rewrites = 0
-    # How many rewrites each pass has seen: without a new one it would find nothing again.
-    seen = [-1] * len(chosen)
+    graph, rewrites = work.graph, 0
+    # What each pass has seen: without new rewrites or shapes it would find nothing again.
+    seen: list[tuple[int, int] | None] = [None] * len(chosen)
     for _ in range(_MOST_SWEEPS):
-        before = rewrites
+        before = (rewrites, graph.shapes_version)
         for number, (each, counts) in enumerate(zip(chosen, statistics, strict=True)):
-            if seen[number] == rewrites:
+            if seen[number] == (rewrites, graph.shapes_version):
                 continue
             if progress is not None:
                 progress(each.name, number, len(chosen))
             rewrites += _run_to_fixed_point(each, work, counts)
-            seen[number] = rewrites
-        if rewrites == before or phase is not Phase.FOLD:
+            seen[number] = (rewrites, graph.shapes_version)
+        if phase is not Phase.FOLD:
+            return statistics
+        settled = before == (rewrites, graph.shapes_version)
+        if settled and not (rewrites and graph.has_open_shapes() and graph.refine_shapes()):
             return statistics
     raise RuntimeError(f"the passes {', '.join(each.name for each in chosen)} do not settle")
 
@@ -276,7 +283,11 @@ def _sweep(each: Pass, work: Work, statistics: PassStatistics) -> bool:
         if reason is not None:
             statistics.skipped.append(Skip(each.label(candidate), reason, each.name))
             continue
-        fold = each.rewrite(work, candidate)
+        try:
+            fold = each.rewrite(work, candidate)
+        except NotExactError as error:
+            statistics.skipped.append(Skip(each.label(candidate), error.what, each.name))
+            continue
         changed = True
         statistics.applied += 1
         if fold is not None:

@@ -299,9 +299,11 @@ def _is_two_lines(graph: Graph, source: ir.Value, nodes: Sequence[ir.Node]) -> b
     return bool(np.allclose(two, 2 * one, atol=1e-5) and np.allclose(right, 3.0, atol=1e-5))
 
 
-def _clip(node: ir.Node, x: NDArray[Any], args: list[NDArray[Any] | None]) -> NDArray[Any]:
+def _clip(node: ir.Node, x: NDArray[Any], args: list[NDArray[Any] | None]) -> NDArray[Any] | None:
     low = args[1] if len(args) > 1 else attribute(node, "min")
     high = args[2] if len(args) > 2 else attribute(node, "max")
+    if any(np.size(bound) > 1 for bound in (low, high) if bound is not None):
+        return None
     return np.asarray(np.clip(x, -np.inf if low is None else low, np.inf if high is None else high))
 
 

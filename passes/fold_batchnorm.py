@@ -30,13 +30,16 @@ from graphfold.linear import (
     FLOAT_TYPES,
     PER_CHANNEL,
     Context,
-    constant_shape,
     conv_axes,
+    conv_weight_shape,
     linear_operator,
     variable_inputs,
 )
-from graphfold.merge import put_in_place, reach_of
+from graphfold.merge import check_finite, put_in_place, reach_of
 from graphfold.rewrite import Fold, Pass, Phase, Work, provenance, replaced_labels
+
+# No sum of weights below this holds one that float16 could not.
+_SURELY_FINITE = 6e4
 
 
 @dataclass(frozen=True)
@@ -97,16 +100,21 @@ class FoldBatchnorm(Pass):
         assert weight is not None
         assert dtype is not None
         bias = _bias(graph, conv, weight.shape[0]) * candidate.scale + candidate.shift
+        known = _coefficients(weight, candidate.scale, bias)
+        with np.errstate(over="ignore"):
+            scaled_weight = _scaled(weight, candidate.scale)
+            if not known.gain + known.offset < _SURELY_FINITE:
+                check_finite(weight, scaled_weight, bias.astype(dtype.numpy()))
         metadata = provenance((conv, *candidate.scaling), self.name)
         emitter = Emitter(graph, candidate.scaling[-1], self.label(candidate), metadata)
-        inputs = [conv.inputs[0], emitter.constant(_scaled(weight, candidate.scale))]
+        inputs = [conv.inputs[0], emitter.constant(scaled_weight)]
         if np.any(bias):
             inputs.append(emitter.constant(bias.astype(dtype.numpy())))
         result = emitter.node("Conv", inputs)
         made = result.producer()
         assert made is not None
         made.attributes.update(conv.attributes)
-        fold = _record(graph, candidate, weight, bias, metadata, self.name)
+        fold = _record(graph, candidate, weight.shape, known, metadata, self.name)
         axes = _axes(graph, conv, weight.shape[2:])
         affine = None
         if work.affines is not None and axes is not None:
@@ -169,21 +177,18 @@ def _check_read_once(value: ir.Value, reader: ir.Node) -> None:
 
 def _scale_and_shift(graph: Graph, conv: ir.Node, node: ir.Node) -> tuple[Array, Array]:
     """Scale and shift per output channel; raises NotExactError with the reason."""
+    shape = conv_weight_shape(conv, graph)
     weight = conv.inputs[1]
-    if weight is None or not graph.is_constant(weight):
-        raise NotExactError(f"the weight of {node_label(conv)!r} is not a constant")
+    assert weight is not None
     dtype = graph.dtype(weight)
     if dtype not in FLOAT_TYPES:
         raise NotExactError(f"its weights are {dtype.name if dtype else 'of unknown type'}")
-    bias = conv.inputs[2] if len(conv.inputs) > 2 else None
-    if bias is not None and not graph.is_constant(bias):
-        raise NotExactError(f"the bias of {node_label(conv)!r} is not a constant")
+    _bias(graph, conv, shape[0])
     others = [each for each in variable_inputs(graph, node) if each is not node.inputs[0]]
     if is_op(node, "BatchNormalization") and others:
         raise NotExactError(
             f"{node_label(node)!r} reads {others[0].name!r}, which is not a constant"
         )
-    shape = constant_shape(graph, weight)
     rank, channels = len(shape) - 2, shape[0]
     affine = linear_operator(node, Context(graph, rank, channels, (None,) * rank)).build()
     return affine.weight.reshape(channels), affine.bias
@@ -204,8 +209,16 @@ def _scaled(weight: NDArray[Any], scale: Array) -> NDArray[Any]:
 
 
 def _bias(graph: Graph, conv: ir.Node, channels: int) -> Array:
-    bias = graph.constant(conv.inputs[2]) if len(conv.inputs) > 2 else None
-    return np.zeros(channels) if bias is None else bias.astype(np.float64)
+    """The bias [O]; raises NotExactError where it is not a constant of that shape."""
+    value = conv.inputs[2] if len(conv.inputs) > 2 else None
+    if value is None:
+        return np.zeros(channels)
+    bias = graph.constant(value)
+    if bias is None:
+        raise NotExactError(f"the bias of {node_label(conv)!r} is not a constant")
+    if bias.shape != (channels,):
+        raise NotExactError(f"{node_label(conv)!r} has {bias.shape} biases, not {channels}")
+    return bias.astype(np.float64)
 
 
 def _axes(graph: Graph, conv: ir.Node, kernel: tuple[int, ...]) -> tuple[Axis, ...] | None:
@@ -219,20 +232,19 @@ def _axes(graph: Graph, conv: ir.Node, kernel: tuple[int, ...]) -> tuple[Axis, .
 def _record(
     graph: Graph,
     series: _Series,
-    weight: NDArray[Any],
-    bias: Array,
+    shape: tuple[int, ...],
+    coefficients: Coefficients,
     metadata: dict[str, str],
     name: str,
 ) -> Fold:
-    conv, kernel = series.conv, tuple(weight.shape[2:])
+    conv, kernel = series.conv, tuple(shape[2:])
     axes = _axes(graph, conv, kernel)
     groups = attribute(conv, "group", 1)
-    rows = np.abs(weight).sum(axis=tuple(range(1, weight.ndim)), dtype=np.float64)
     sizes = [size for size in graph.sizes(conv.inputs[0]) or () if size is not None]
     macs = None
     if axes is not None and len(sizes) == len(axes):
         pixels = [axis.output_size(size) for axis, size in zip(axes, sizes, strict=True)]
-        macs = math.prod(weight.shape) * math.prod(pixels)
+        macs = math.prod(shape) * math.prod(pixels)
     return Fold(
         output=series.output.name or "",
         replaces=replaced_labels(metadata),
@@ -246,9 +258,15 @@ def _record(
         pass_name=name,
         macs=None if macs is None else (macs, macs),
         input=None if conv.inputs[0] is None else conv.inputs[0].name,
-        coefficients=Coefficients(
-            terms=math.prod(weight.shape[1:]) + 1,
-            gain=float((rows * np.abs(series.scale)).max()),
-            offset=float(np.abs(bias).max()),
-        ),
+        coefficients=coefficients,
+    )
+
+
+def _coefficients(weight: NDArray[Any], scale: Array, bias: Array) -> Coefficients:
+    rows = np.abs(weight).sum(axis=tuple(range(1, weight.ndim)), dtype=np.float64)
+    return Coefficients(
+        terms=math.prod(weight.shape[1:]) + 1,
+        # A row that is not finite must not vanish behind a scale of zero.
+        gain=float((rows * np.abs(scale)).max(initial=0.0)) + 0.0 * float(rows.max(initial=0.0)),
+        offset=float(np.abs(bias).max(initial=0.0)),
     )

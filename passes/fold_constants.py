@@ -8,9 +8,10 @@ takes only fixed sizes of a Shape. Constant nodes become initializers. Tensors k
 Only a fixed list of deterministic operators is computed: arithmetic, comparison, and what moves
 data. Quantised weights stay quantised. Refused: results that are larger than their inputs by more
 than four times and a million values, ConstantOfShape of more than a thousand (a file would grow),
-and integer divisions without a result. Outputs of the graph stay results of nodes. Before IR
-version 4, where every initializer is an input of the graph, and in functions, which have none, a
-Constant node takes the place of what is computed; a Constant or ConstantOfShape alone stays.
+integer divisions without a result, and conditions of If and Loop. Outputs of the graph stay results
+of nodes. Before IR version 4, where every initializer is an input of the graph, and in functions,
+which have none, a Constant node takes the place of what is computed; a Constant or ConstantOfShape
+alone stays.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class FoldConstants(Pass):
         for node in free_nodes(work):
             if any(output.is_graph_output() for output in node.outputs):
                 continue
-            if not any(output.uses() for output in node.outputs):
+            if not any(output.uses() for output in node.outputs) or _decides(node):
                 continue
             result = _result(work.graph, node, known)
             if result is None:
@@ -119,6 +120,15 @@ class FoldConstants(Pass):
             graph.ir.register_initializer(constant)
         graph.remove_dead([candidate.node])
         graph.shapes_may_grow |= not is_op(candidate.node, "Constant")
+
+
+def _decides(node: ir.Node) -> bool:
+    """Whether an If or Loop asks for the result as its condition.
+
+    Runtimes put a branch in the place of an If whose condition is constant, and may then refuse
+    what they accepted inside.
+    """
+    return any(is_op(usage.node, "If", "Loop") for o in node.outputs for usage in o.uses())
 
 
 def _result(graph: Graph, node: ir.Node, known: Mapping[ir.Value, Array]) -> _Known | None:

@@ -76,7 +76,9 @@ def _may_shrink(work: Work, conv: ir.Node) -> bool:
         return False
     source, weight = conv.inputs[0], work.graph.constant(conv.inputs[1])
     # One channel's kernel tells almost always, without a walk over all weights.
-    if source is None or weight is None or not _has_zero_edge(weight[:1, :1]):
+    if source is None or weight is None or weight.ndim < 3:
+        return False
+    if not _has_zero_edge(weight[:1, :1]):
         return False
     try:
         axes = merged_geometry(work, Region(source, conv.outputs[0], (conv,))).axes

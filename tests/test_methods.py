@@ -246,8 +246,7 @@ def test_the_state_at_a_split_is_one_for_all_branches() -> None:
 
 @pytest.mark.parametrize(
     ("tensors", "branches"),
-    [(("a",), {}), (("a", "a"), {}), (("a", "b"), {1: (Chain(("b", "c")),)}),
-     (("a", "b"), {0: (Chain(("b", "c")),)})],
+    [(("a",), {}), (("a", "a"), {}), (("a", "b"), {1: (Chain(("b", "c")),)})],
 )  # fmt: skip
 def test_chains_that_are_none(tensors: tuple[str, ...], branches: Any) -> None:
     with pytest.raises(ValueError, match=r"chain|no tensors"):

@@ -115,7 +115,7 @@ def _record(
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from common import markdown, write
 
-    networks = [each for each in outcomes if each.part in ("light", "shared", "files")]
+    networks = [each for each in outcomes if each.part in ("light", "shared", "packages", "files")]
     body = [markdown(list(COLUMNS), rows)]
     if networks:
         nodes = [[each.name, f"{each.before:,}", f"{each.after:,}"] for each in networks]

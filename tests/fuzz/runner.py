@@ -126,6 +126,10 @@ def _snapshot(folder: Path) -> set[tuple[str, int, int]]:
     return found
 
 
+# The input itself runs at no sizes: nobody can tell what it computes.
+_NEVER_RUNS = "onnxruntime loads the input and not the result"
+
+
 def _judge(status: int, out: str, err: str, written: set[str]) -> tuple[str, str | None]:
     if not os.WIFEXITED(status):
         name = signal.Signals(os.WTERMSIG(status)).name
@@ -139,6 +143,8 @@ def _judge(status: int, out: str, err: str, written: set[str]) -> tuple[str, str
     if code == 2 and len(message) == 1 and message[0].startswith("graphfold: error: "):
         return "error: " + _general(message[0].split(": ", 2)[2]), None
     last = err.strip().splitlines()[-1] if err.strip() else "no message"
+    if code == 1 and _NEVER_RUNS in last:
+        return "error: an input that loads and never runs, refused", None
     what = {1: "wrong result", 3: "internal error"}.get(code, f"exit {code}")
     return what, f"{what}: {_general(last)[:120]}"
 

@@ -240,3 +240,32 @@ def test_shapes_that_constants_tell_are_known_afterwards() -> None:
     folded, _ = fold(model)
     assert op_types(folded) == ["Reshape", "Gemm"]
     assert fold(folded)[0] == folded
+
+
+def test_the_condition_of_an_if_stays_computed():
+    branches = []
+    for name, op_type in (("then", "Relu"), ("else", "Neg")):
+        node = helper.make_node(op_type, ["x"], [f"{name}_y"])
+        info = helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, [2, 3])
+        branches.append(helper.make_graph([node], name, [], [info]))
+    model = helper.make_model(
+        helper.make_graph(
+            [
+                helper.make_node("Equal", ["a", "b"], ["same"]),
+                helper.make_node(
+                    "If", ["same"], ["y"], then_branch=branches[0], else_branch=branches[1]
+                ),
+            ],
+            "condition",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3])],
+            [
+                numpy_helper.from_array(np.array(value), name)
+                for name, value in (("a", 1), ("b", 1))
+            ],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    folded, _ = fold(model, "fold_constants")
+    assert op_types(folded) == ["Equal", "If"]
