@@ -9,14 +9,13 @@ Run it as `python benchmarks/prediction.py` on a machine that does nothing else.
 
 import argparse
 import statistics
-import tempfile
 from pathlib import Path
 
 import common
 
 from graphfold.assembly import assemble_plan
 from graphfold.calibration.latency import compare
-from graphfold.calibration.profile import profile_model
+from graphfold.calibration.profile import Profile, profile_model
 from graphfold.candidates import Candidates, find_candidates
 from graphfold.cuts import choice_row, cut_layout
 from graphfold.graph import Graph
@@ -28,7 +27,6 @@ from graphfold.measures import (
     ImportanceTable,
     LatencyTable,
     join,
-    read_latency,
 )
 from graphfold.methods import Pieces, solve
 from graphfold.model import Model, load
@@ -80,28 +78,36 @@ def folded(model: Model, solution: Solution[Pieces], layout: Layout) -> Model:
     return optimize_model(model, plan, verify=False).folded
 
 
-def examine(
-    model: Model, latencies: LatencyTable, whole: float, seconds: float, rounds: int
-) -> list[dict[str, float]]:
+def one_by_one(profile: Profile, latency: float) -> float:
+    """The speedup that latencies predict without the factor from a whole folded network."""
+    covered = (profile.whole - profile.table.rest) / profile.scale
+    rest = max(0.0, profile.whole - covered)
+    return (covered + rest) / (latency / profile.scale + rest)
+
+
+def examine(model: Model, profile: Profile, seconds: float, rounds: int) -> list[dict[str, float]]:
     """Predicted and measured speedups of plans across the frontier."""
     candidates = find_candidates(Graph(model))
     layout = cut_layout(candidates).layout
+    latencies = profile.table
     frontier = solve(join(latencies, importances(candidates, latencies)), layout)
     solutions = across(frontier, PLANS)
     networks = [folded(model, solution, layout) for solution in solutions]
     measured = compare([model, *networks], rounds=rounds, seconds=seconds)
     found = []
     for solution, result in zip(solutions, measured.models[1:], strict=True):
-        predicted = whole / (solution.latency + latencies.rest)
+        latency = solution.latency + latencies.rest
+        predicted = profile.whole / latency
         found.append(
             {
-                "segments": sum(not row.unchanged for pieces in solution.choices for row in pieces),
-                "predicted_ms": solution.latency + latencies.rest,
+                "segments": sum(not row.unchanged for rows in solution.choices for row in rows),
+                "predicted_ms": latency,
                 "predicted": predicted,
                 "measured_ms": result.median,
                 "measured": result.speedup,
                 "measured_spread": result.speedup_spread,
                 "error": predicted / result.speedup - 1,
+                "error_one_by_one": one_by_one(profile, solution.latency) / result.speedup - 1,
             }
         )
     return found
@@ -116,11 +122,8 @@ def main() -> None:
     parts, data = [], []
     for name, file in MODELS.items():
         model = load(options.models / file)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "latency.json"
-            profile = profile_model(model, path)
-            latencies = read_latency(path)
-        found = examine(model, latencies, profile.whole, options.seconds, options.rounds)
+        profile = profile_model(model)
+        found = examine(model, profile, options.seconds, options.rounds)
         errors = [abs(item["error"]) for item in found]
         rows = [
             [
@@ -130,23 +133,28 @@ def main() -> None:
                 f"{item['measured']:.3f}x",
                 f"{100 * item['measured_spread']:.1f} %",
                 f"{100 * item['error']:+.1f} %",
+                f"{100 * item['error_one_by_one']:+.1f} %",
             ]
             for item in found
         ]
         columns = ["segments changed", "predicted ms", "predicted", "measured", "its spread",
-                   "error"]  # fmt: skip
+                   "error", "without factor"]  # fmt: skip
         parts += [
             f"## {name}",
-            f"{profile.whole:.2f} ms, {len(latencies.rows)} rows, {profile.distinct} different "
-            f"operators; error {100 * statistics.median(errors):.1f} % in the median, "
+            f"{profile.whole:.2f} ms, {len(profile.table.rows)} rows, {profile.distinct} different "
+            f"operators, factor {profile.scale:.3f}; error "
+            f"{100 * statistics.median(errors):.1f} % in the median, "
             f"{100 * max(errors):.1f} % at worst.",
             common.markdown(columns, rows),
         ]
-        data.append({"model": name, "whole_ms": profile.whole, "rest_ms": latencies.rest,
+        data.append({"model": name, "whole_ms": profile.whole, "rest_ms": profile.table.rest,
+                     "scale": profile.scale,
                      "warnings": profile.warnings, "plans": found})  # fmt: skip
     parts.append(
         "Speedups over the original, one thread, importance `uniform`, merges with hoisted "
-        "padding. The original and all folded networks are measured in one interleaved run."
+        "padding. The original and all folded networks are measured in one interleaved run. "
+        '"Without factor" is the error of the same latencies without the factor that one folded '
+        "network sets."
     )
     common.write(
         "prediction",

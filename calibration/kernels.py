@@ -15,9 +15,9 @@ import math
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import onnx
@@ -26,6 +26,9 @@ from onnx import helper, numpy_helper
 
 from graphfold.calibration.snippets import Snippet, Tensor, maker, random_weight
 from graphfold.runtime import Runnable, Session
+
+if TYPE_CHECKING:
+    from graphfold.model import Model
 
 _HALF_MICROSECOND = 0.0005
 _OWN = re.compile(r"(?:^|/)part(\d+)/(own|front|back)/")
@@ -123,58 +126,80 @@ def _info(tensor: Tensor) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(tensor.name, tensor.dtype, tensor.shape)
 
 
-def profile_batch(
-    batch: Batch,
-    *,
-    threads: int,
-    provider: str,
-    between: Callable[[Callable[[], object]], None],
-) -> list[dict[int, float]]:
-    """Milliseconds of every snippet of a batch, by number, in every run.
+class Profiled:
+    """A session whose kernels the runtime times; a context manager.
 
     Args:
-        batch: the snippets.
+        model: what to run.
         threads: intra-op threads.
         provider: execution provider.
-        between: given the call that runs the batch once, calls it as often as it likes.
 
     Raises:
-        RunError: onnxruntime cannot run them.
+        RunError: onnxruntime cannot load it.
     """
-    with tempfile.TemporaryDirectory(prefix="graphfold-") as folder:
-        with Runnable(batch.proto.SerializeToString()) as runnable:
-            session = Session(
+
+    def __init__(self, model: Model | bytes, *, threads: int, provider: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="graphfold-")
+        with Runnable(model) as runnable:
+            self.session = Session(
                 runnable,
                 optimize=True,
                 threads=threads,
                 provider=provider,
-                profile=str(Path(folder) / "profile"),
+                profile=str(Path(self._folder.name) / "profile"),
             )
-        feed = batch.feed()
-        session.run(feed)
-        between(session.prepared(feed))
-        events = json.loads(session.end_profiling().read_text(encoding="utf-8"))
-    return list(attribute_kernels(events))[1:]
+
+    def runs(self) -> list[list[Mapping[str, Any]]]:
+        """End it: the trace events of the kernels of every run."""
+        events = json.loads(self.session.end_profiling().read_text(encoding="utf-8"))
+        return list(kernels_of_runs(events))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
 
 
-def attribute_kernels(events: Iterable[Mapping[str, Any]]) -> Iterator[dict[int, float]]:
-    """Which snippet's kernels took how long, per run, from onnxruntime's trace events.
-
-    A change of layout belongs to the snippet whose tensor it changes: of what was computed last,
-    or what is computed next.
-    """
+def kernels_of_runs(
+    events: Iterable[Mapping[str, Any]],
+) -> Iterator[list[Mapping[str, Any]]]:
+    """The kernels of every run in order of time, from onnxruntime's trace events."""
     found: list[Mapping[str, Any]] = []
     for event in events:
         if event.get("cat") == "Node" and str(event.get("name")).endswith("_kernel_time"):
             found.append(event)
         elif event.get("name") == "model_run":
-            yield _per_snippet(sorted(found, key=lambda item: item["ts"]))
+            yield sorted(found, key=lambda item: item["ts"])
             found = []
 
 
-def _per_snippet(events: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+def all_kernels(runs: Sequence[Sequence[Mapping[str, Any]]]) -> float:
+    """Milliseconds of all kernels of a network, each in its own undisturbed runs.
+
+    The sum of such times is what snippets' times, found in the same way, are to be compared
+    with: on a machine that is never quiet for a whole run, a run's time is larger than the sum.
+    """
+    times: defaultdict[str, list[float]] = defaultdict(list)
+    for run in runs:
+        for event in run:
+            times[str(event["name"])].append(_milliseconds(event))
+    return sum(undisturbed(values) for values in times.values())
+
+
+def _milliseconds(event: Mapping[str, Any]) -> float:
+    """Durations come cut to whole microseconds."""
+    return float(event["dur"]) / 1000 + _HALF_MICROSECOND
+
+
+def own_kernels(events: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Milliseconds of every snippet's own kernels in one run of a batch, by number.
+
+    A change of layout belongs to the snippet whose tensor it changes: of what was computed last,
+    or what is computed next.
+    """
     parts = [_OWN.search(str(event["name"])) for event in events]
-    times: defaultdict[int, list[float]] = defaultdict(list)
+    times: defaultdict[int, float] = defaultdict(float)
     for index, event in enumerate(events):
         part = parts[index]
         if part is None:
@@ -186,8 +211,8 @@ def _per_snippet(events: Sequence[Mapping[str, Any]]) -> dict[int, float]:
         else:
             foreign = "" if part[2] == "own" else part[2]
         if part is not None and part[2] != foreign:
-            times[int(part[1])].append(float(event["dur"]) / 1000 + _HALF_MICROSECOND)
-    return {number: sum(values) for number, values in times.items()}
+            times[int(part[1])] += _milliseconds(event)
+    return dict(times)
 
 
 def _nearest(parts: Sequence[re.Match[str] | None], index: int, step: int) -> re.Match[str] | None:

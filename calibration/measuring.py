@@ -58,30 +58,30 @@ class Measuring:
         """Measure all that is missing; each batch is in the journal when it is done."""
         for keys in _batches(self._missing, self._distinct):
             self._tell()
-            samples, whole = self._batch([self._distinct[key] for key in keys])
+            samples = self._batch([self._distinct[key] for key in keys])
             self._journal.add(
                 {
-                    key: [sample.ratio, sample.spread, whole]
+                    key: [sample.ratio, sample.spread]
                     for key, sample in zip(keys, samples, strict=True)
                 }
             )
             self._cost_done += sum(self._distinct[key].cost for key in keys)
         self._tell()
 
-    def _batch(self, parts: Sequence[Snippet]) -> tuple[list[Sample], float]:
+    def _batch(self, parts: Sequence[Snippet]) -> list[Sample]:
         """The steadiest of several measurements of each; more only of those that need it."""
         seconds = self._share_of_time(parts)
-        samples, whole = self._timer.measure(parts, self._opsets, _ROUNDS, seconds)
+        samples = self._timer.measure(parts, self._opsets, _ROUNDS, seconds)
         for _ in range(_TRIES - 1):
             unsteady = [index for index, sample in enumerate(samples) if is_unsteady(sample)]
             if not unsteady or self._is_late():
                 break
-            again, _ = self._timer.measure(
+            again = self._timer.measure(
                 [parts[index] for index in unsteady], self._opsets, _ROUNDS, seconds
             )
             for index, sample in zip(unsteady, again, strict=True):
                 samples[index] = min(samples[index], sample, key=lambda each: each.spread)
-        return samples, whole
+        return samples
 
     def _share_of_time(self, parts: Sequence[Snippet]) -> float:
         if self._budget is None:

@@ -10,7 +10,6 @@ folded network sets the scale (`graphfold.calibration.wholes`), ratios become mi
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -272,13 +271,12 @@ def _assemble(
     journal: Journal,
 ) -> _Assembled:
     measured = {
-        part.digest: Sample(*journal.entries[part.digest][:2])
+        part.digest: Sample(*journal.entries[part.digest])
         for entry in entries.every
         for part in entry.snippet.measured_parts()
     }
-    whole = statistics.median(journal.entries[key][2] for key in measured)
     shares = [(entry.row, _share(entry.snippet, measured)) for entry in entries.every]
-    scale, reason = _scale(model, shares, len(entries.steps), cuts, timer, journal)
+    whole, scale, reason = _scale(model, shares, len(entries.steps), cuts, timer, journal)
     rows = tuple(
         LatencyRow(
             **row.model_dump(exclude_none=True),
@@ -307,27 +305,27 @@ def _scale(
     cuts: CutLayout,
     timer: Timer,
     journal: Journal,
-) -> tuple[float, str | None]:
-    """The factor for all latencies, and a warning where it is doubtful."""
+) -> tuple[float, float, str | None]:
+    """The whole network's milliseconds, the factor for all rows, a warning if it is doubtful."""
     covered = sum(share.ratio for _, share in shares[:steps])
-    no_correction = min(1.0, 1 / covered)
     fastest = find_fastest([(row, share.ratio) for row, share in shares], cuts)
-    if fastest is None:
-        return no_correction, None
-    key = f"plan {fastest.plan.digest}"
+    folded = None if fastest is None else fold_fastest(model, fastest)
+    reason = None
+    if isinstance(folded, str):
+        fastest, folded, reason = None, None, f"no folded network sets the scale: {folded}"
+    key = "whole" if fastest is None else f"plan {fastest.plan.digest}"
     if key not in journal.entries:
-        folded = fold_fastest(model, fastest)
-        if isinstance(folded, str):
-            return no_correction, f"latencies are not checked on a folded network: {folded}"
-        sample = timer.compare(folded)
-        journal.add({key: [sample.ratio, sample.spread]})
-    scale = scale_of(covered, fastest.covered, journal.entries[key][0])
-    if abs(scale - 1) <= _LARGEST_CORRECTION:
-        return scale, None
-    return scale, (
-        f"operators measured one by one and networks measured whole differ by "
-        f"{100 * abs(scale - 1):.0f} %: predictions are rough here"
-    )
+        journal.add({key: timer.compare(folded)})
+    whole, ratio = journal.entries[key]
+    if fastest is None:
+        return whole, min(1.0, 1 / covered), reason
+    scale = scale_of(covered, fastest.covered, ratio)
+    if abs(scale - 1) > _LARGEST_CORRECTION:
+        reason = (
+            f"operators measured one by one and networks measured whole differ by "
+            f"{100 * abs(scale - 1):.0f} %: predictions are rough here"
+        )
+    return whole, scale, reason
 
 
 def _unsteady(shares: Sequence[tuple[Row, Sample]]) -> Iterator[str]:

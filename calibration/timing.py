@@ -11,13 +11,15 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from graphfold import specs
 from graphfold.calibration.kernels import (
     Batch,
+    Profiled,
+    all_kernels,
     interquartile_range,
-    profile_batch,
+    own_kernels,
     undisturbed,
 )
 from graphfold.calibration.latency import cpu_name
@@ -73,15 +75,14 @@ class Timer(Protocol):
         opsets: Mapping[str, int],
         rounds: int,
         seconds: float,
-    ) -> tuple[list[Sample], float]:
-        """Time snippets, in so many rounds or fewer when the seconds are over.
+    ) -> list[Sample]:
+        """Time snippets, in so many rounds or fewer when the seconds are over."""
 
-        Returns:
-            a sample of each, and the whole network's milliseconds meanwhile.
+    def compare(self, other: Model | None) -> tuple[float, float]:
+        """The whole network's milliseconds, and another's latency as a share of them.
+
+        The other one has the same inputs; without one the share is 1.
         """
-
-    def compare(self, other: Model) -> Sample:
-        """The latency of another network with the same inputs."""
 
 
 class DeviceTimer:
@@ -100,6 +101,7 @@ class DeviceTimer:
     def __init__(self, model: Model, settings: Settings, *, kernels: bool | None = None) -> None:
         import onnxruntime
 
+        self._model = model
         self._settings = settings
         self._kernels = settings.provider == _CPU if kernels is None else kernels
         session = self._session(model)
@@ -135,44 +137,50 @@ class DeviceTimer:
         opsets: Mapping[str, int],
         rounds: int,
         seconds: float,
-    ) -> tuple[list[Sample], float]:
+    ) -> list[Sample]:
         """Time snippets against the whole network, see `Timer`."""
         measure = self._with_profiler if self._kernels else self._one_by_one
-        runs, wholes = measure(parts, opsets, rounds, seconds)
-        samples = [_sample(column, wholes) for column in zip(*runs, strict=True)]
-        return samples, undisturbed(wholes)
+        return measure(parts, opsets, rounds, seconds)
 
     def _with_profiler(
-        self,
-        parts: Sequence[Snippet],
-        opsets: Mapping[str, int],
-        rounds: int,
-        seconds: float,
-    ) -> tuple[list[list[float]], list[float]]:
-        wholes: list[float] = []
-        runs = profile_batch(
-            Batch(parts, opsets),
-            threads=self._settings.threads,
-            provider=self._settings.provider,
-            between=lambda run: wholes.extend(self._alternate(run, rounds, seconds)),
-        )
-        return [[run[number] for number in range(len(parts))] for run in runs], wholes
+        self, parts: Sequence[Snippet], opsets: Mapping[str, int], rounds: int, seconds: float
+    ) -> list[Sample]:
+        batch = Batch(parts, opsets)
+        with (
+            self._profiled(batch.proto.SerializeToString()) as own,
+            self._profiled(self._model) as whole,
+        ):
+            run, run_whole = own.session.prepared(batch.feed()), whole.session.prepared(self._feed)
+            run()
+            count = self._alternate(run, run_whole, rounds, seconds)
+            wholes = self._warm(whole.runs())
+            runs = [own_kernels(events) for events in own.runs()[-count:]]
+        total = all_kernels(wholes)
+        samples = []
+        for number in range(len(parts)):
+            times = [found.get(number, 0.0) for found in runs]
+            samples.append(Sample(undisturbed(times) / total, interquartile_range(times) / total))
+        return samples
 
     def _one_by_one(
-        self,
-        parts: Sequence[Snippet],
-        opsets: Mapping[str, int],
-        rounds: int,
-        seconds: float,
-    ) -> tuple[list[list[float]], list[float]]:
+        self, parts: Sequence[Snippet], opsets: Mapping[str, int], rounds: int, seconds: float
+    ) -> list[Sample]:
         pairs = [(self._runs([part], opsets), self._runs(_made(part), opsets)) for part in parts]
         runs: list[list[float]] = []
+        wholes: list[float] = []
 
         def run() -> None:
-            runs.append([_milliseconds(own) - _milliseconds(made) for own, made in pairs])
+            runs.append([_seconds(own) - _seconds(made) for own, made in pairs])
 
-        wholes = self._alternate(run, rounds, seconds)
-        return runs, wholes
+        def run_whole() -> None:
+            wholes.append(_timed(self._whole))
+
+        self._alternate(run, run_whole, rounds, seconds)
+        total = undisturbed(self._warm(wholes))
+        return [
+            Sample(undisturbed(times) / total, interquartile_range(times) / total)
+            for times in zip(*runs, strict=True)
+        ]
 
     def _runs(self, parts: Sequence[Snippet], opsets: Mapping[str, int]) -> Run | None:
         if not parts:
@@ -182,42 +190,43 @@ class DeviceTimer:
         session.run(batch.feed())
         return session.prepared(batch.feed())
 
-    def _alternate(self, run: Run, rounds: int, seconds: float) -> list[float]:
-        """Run something between runs of the network; its milliseconds around each time."""
-        wholes: list[float] = []
+    def _profiled(self, model: Model | bytes) -> Profiled:
+        return Profiled(model, threads=self._settings.threads, provider=self._settings.provider)
+
+    def _warm(self, runs: Sequence[Any]) -> Sequence[Any]:
+        """Of runs of the network in a row, the last."""
+        return runs[self._runs_of_whole - 1 :: self._runs_of_whole]
+
+    @property
+    def _runs_of_whole(self) -> int:
+        """Runs of the network in a row, the first of which finds its weights out of the caches."""
+        return 2 if self._seconds < _SHORT_SECONDS else 1
+
+    def _alternate(self, run: Run, run_whole: Run, rounds: int, seconds: float) -> int:
+        """Run one thing and the whole network in turn; how many times."""
         begin = time.perf_counter()
-        before = self._time_whole()
-        while len(wholes) < rounds:
+        for done in range(1, rounds + 1):
             run()
-            after = self._time_whole()
-            wholes.append(min(before, after))
-            before = after
-            passed = time.perf_counter() - begin
-            if len(wholes) >= _FEWEST_ROUNDS and passed > seconds:
-                break
-        return wholes
+            for _ in range(self._runs_of_whole):
+                run_whole()
+            if done >= _FEWEST_ROUNDS and time.perf_counter() - begin > seconds:
+                return done
+        return rounds
 
-    def _time_whole(self) -> float:
-        if self._seconds < _SHORT_SECONDS:
-            self._whole()  # what ran before has filled the caches with its own weights
-        return 1000 * _timed(self._whole)
-
-    def compare(self, other: Model) -> Sample:
-        """The latency of another network against the whole, see `Timer`."""
-        run = self._session(other).prepared(self._feed)
-        seconds = [min(_timed(each) for _ in range(_WARM_UP_RUNS)) for each in (self._whole, run)]
+    def compare(self, other: Model | None) -> tuple[float, float]:
+        """The whole network's milliseconds and another's share of them, see `Timer`."""
+        runs = [self._whole]
+        if other is not None:
+            runs.append(self._session(other).prepared(self._feed))
+        seconds = [min(_timed(run) for _ in range(_WARM_UP_RUNS)) for run in runs]
         repeats = [max(1, round(_COMPARED_SECONDS / max(each, 1e-6))) for each in seconds]
-        wholes, others = [], []
+        found: list[list[float]] = [[] for _ in runs]
         for _ in range(_COMPARED_ROUNDS):
-            wholes.append(_repeated(self._whole, repeats[0]))
-            others.append(_repeated(run, repeats[1]))
-        return _sample(others, wholes)
-
-
-def _sample(parts: Sequence[float], wholes: Sequence[float]) -> Sample:
-    """Latency and spread in units of the whole network, timed in the same rounds."""
-    ratios = [part / whole for part, whole in zip(parts, wholes, strict=True)]
-    return Sample(undisturbed(parts) / undisturbed(wholes), interquartile_range(ratios))
+            for run, count, times in zip(runs, repeats, found, strict=True):
+                run()
+                times += [_timed(run) for _ in range(count)]
+        whole, last = undisturbed(found[0]), undisturbed(found[-1])
+        return 1000 * whole, last / whole
 
 
 def _made(part: Snippet) -> list[Snippet]:
@@ -225,13 +234,8 @@ def _made(part: Snippet) -> list[Snippet]:
     return [] if part.at_input else [maker(item) for item in part.inputs if item.is_image]
 
 
-def _repeated(run: Run, count: int) -> float:
-    run()
-    return undisturbed([_timed(run) for _ in range(count)])
-
-
-def _milliseconds(run: Run | None) -> float:
-    return 0.0 if run is None else 1000 * _timed(run)
+def _seconds(run: Run | None) -> float:
+    return 0.0 if run is None else _timed(run)
 
 
 def _timed(run: Run) -> float:

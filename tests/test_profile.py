@@ -16,7 +16,13 @@ from fake_timer import WHOLE, FakeTimer, faked, network
 import graphfold
 from graphfold.calibration import kernels, measuring, timing
 from graphfold.calibration.journal import Journal
-from graphfold.calibration.kernels import Batch, attribute_kernels, undisturbed
+from graphfold.calibration.kernels import (
+    Batch,
+    Profiled,
+    kernels_of_runs,
+    own_kernels,
+    undisturbed,
+)
 from graphfold.calibration.snippets import Snippets, is_hopeless
 from graphfold.calibration.timing import DeviceTimer, Settings
 from graphfold.calibration.wholes import scale_of
@@ -46,6 +52,14 @@ def parts_of(proto: onnx.ModelProto):
 
 def ops(snippet) -> list[str]:
     return [node.op_type for node in snippet.nodes]
+
+
+def one_run(batch: Batch) -> dict[int, float]:
+    proto = batch.proto.SerializeToString()
+    with Profiled(proto, threads=1, provider="CPUExecutionProvider") as profiled:
+        profiled.session.run(batch.feed())
+        (events,) = profiled.runs()
+    return own_kernels(events)
 
 
 def without_times(path: Path) -> dict:
@@ -90,22 +104,14 @@ def test_every_snippet_runs_and_has_the_shape_it_says():
     every = [part for each in (*steps, *chosen) for part in each.measured_parts()]
     batch = Batch(every, snippets.opsets)
     onnx.checker.check_model(batch.proto, full_check=True)
-    found = kernels.profile_batch(
-        batch, threads=1, provider="CPUExecutionProvider", between=lambda run: run()
-    )
-    assert [sorted(run) for run in found] == [list(range(len(every)))]
+    assert sorted(one_run(batch)) == list(range(len(every)))
 
 
 def test_the_runtime_does_not_take_two_snippets_for_one():
     _, steps, snippets = parts_of(network())
     makers = steps[4].measured_parts()[1:]
-    found = kernels.profile_batch(
-        Batch([*makers, *steps, *makers], snippets.opsets),
-        threads=1,
-        provider="CPUExecutionProvider",
-        between=lambda run: run(),
-    )
-    assert len(found[0]) == len(steps) + 2 * len(makers)
+    found = one_run(Batch([*makers, *steps, *makers], snippets.opsets))
+    assert len(found) == len(steps) + 2 * len(makers)
 
 
 def test_equal_operators_at_equal_shapes_are_measured_once():
@@ -161,9 +167,16 @@ def test_changes_of_layout_count_where_they_are_caused():
         event("part1/back/out_nchwc", 8, 100, "GlobalAveragePool"),
         event("ReorderOutput_3", 9, 1000, "ReorderOutput"),
     ]
-    (found,) = attribute_kernels([*reversed(run), {"name": "model_run"}])
+    (events,) = kernels_of_runs([*reversed(run), {"name": "model_run"}])
     # Durations are cut to microseconds: half a one more for each kernel.
-    assert found == pytest.approx({0: 0.0675, 1: 0.0205})
+    assert own_kernels(events) == pytest.approx({0: 0.0675, 1: 0.0205})
+
+
+def test_a_network_is_the_sum_of_its_kernels_undisturbed():
+    # Something else ran in every run, each time beside another kernel.
+    runs = [[event(f"k{i}", i, 1000 if i == disturbed else 99) for i in range(4)]
+            for disturbed in range(4)]  # fmt: skip
+    assert kernels.all_kernels(runs) == pytest.approx(4 * 0.0995)
 
 
 def test_disturbed_rounds_do_not_count():
@@ -180,10 +193,12 @@ def test_the_device_measures_larger_operators_as_slower(by_kernels):
     build = ModelBuilder((1, 64, 64, 64))
     x = build.op("Relu", build.conv("x", 64, 3, pad=1))
     _, large, _ = parts_of(build.model(build.conv(x, 64, 3, pad=1, out="y")))
-    samples, whole = timer.measure([steps[1], large[1]], snippets.opsets, 6, 10.0)
+    small, larger = timer.measure([steps[1], large[1]], snippets.opsets, 6, 10.0)
+    assert larger.ratio > 5 * small.ratio
+    whole, share = timer.compare(load(network()))
     assert whole > 0
-    assert samples[1].ratio > 5 * samples[0].ratio
-    assert timer.compare(load(network())).ratio == pytest.approx(1.0, rel=0.5)
+    assert share == pytest.approx(1.0, rel=0.5)
+    assert timer.compare(None)[1] == 1.0
 
 
 # Tables ---------------------------------------------------------------------------------------
@@ -208,8 +223,8 @@ def test_two_machines_tables_differ_in_header_and_times_only(tmp_path):
         device = "phone"
 
         def measure(self, *arguments):
-            samples, whole = super().measure(*arguments)
-            return [timing.Sample(3e-3 / (1 + each.ratio), 0.0) for each in samples], 2 * whole
+            samples = super().measure(*arguments)
+            return [timing.Sample(3e-3 / (1 + each.ratio), 0.0) for each in samples]
 
     faked(tmp_path / "a.json")
     faked(tmp_path / "b.json", Other)
@@ -228,8 +243,8 @@ def test_the_scale_makes_both_ends_exact():
 def test_spread_above_ten_percent_is_measured_again_and_told():
     class Wild(FakeTimer):
         def measure(self, parts, *arguments):
-            samples, whole = super().measure(parts, *arguments)
-            return [timing.Sample(each.ratio, 0.3) for each in samples], whole
+            samples = super().measure(parts, *arguments)
+            return [timing.Sample(each.ratio, 0.3) for each in samples]
 
     timers = []
 
