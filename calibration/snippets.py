@@ -22,7 +22,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from graphfold.candidates import Candidate, Choice
+from graphfold.candidates import Candidate
+from graphfold.choices import Choice
 from graphfold.cuts import Step
 from graphfold.errors import UsageError
 from graphfold.graph import Graph, TensorShape

@@ -14,7 +14,8 @@ from itertools import pairwise
 
 import onnx_ir as ir
 
-from graphfold.candidates import Candidate, Candidates, Choice
+from graphfold.candidates import Candidate, Candidates
+from graphfold.choices import Choice
 from graphfold.errors import UsageError
 from graphfold.flow import FlowChain
 from graphfold.layout import Chain, Layout

@@ -15,7 +15,8 @@ import numpy as np
 
 from graphfold import __version__
 from graphfold.assembly import assemble_plan, objective
-from graphfold.candidates import Candidate, Candidates, Choice, find_candidates
+from graphfold.candidates import Candidate, Candidates, find_candidates
+from graphfold.choices import Choice
 from graphfold.cost import analyze
 from graphfold.cuts import CutLayout, choice_row, cut_layout, is_no_change
 from graphfold.errors import BudgetError, UsageError
