@@ -49,7 +49,8 @@ def _random_inputs(
     session: Session, shapes: Shapes, filling: specs.Filling, rng: np.random.Generator
 ) -> Arrays:
     """Random inputs, unless they alone would fill the memory."""
-    count = sum(math.prod(shape) for shape in shapes.values())
+    # numpy makes no array of absurd sizes either where one of them is zero.
+    count = sum(math.prod(max(size, 1) for size in shape) for shape in shapes.values())
     if count > _LARGEST_INPUTS:
         raise OutOfMemoryError(f"its inputs have {count} values")
     return specs.random_inputs(session.inputs, shapes, filling, rng)
