@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ UNKNOWN_BATCH = 2
 UNKNOWN_SIZES = (224, 64, 32)
 SECOND_SIZES = {224: 160, 64: 96, 32: 64}
 SECOND_BATCH = 1
+
+
+_LARGEST_INPUTS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,15 @@ class Filling:
 def random_inputs(
     specs: Sequence[InputSpec], shapes: Shapes, filling: Filling, rng: np.random.Generator
 ) -> Arrays:
-    """Values for all inputs: see `Filling` for ranges; 8-bit integers take their full range."""
+    """Values for all inputs: see `Filling` for ranges; 8-bit integers take their full range.
+
+    Raises:
+        MemoryError: the inputs alone would fill it.
+    """
+    # numpy makes no array of absurd sizes either where one of them is zero.
+    count = sum(math.prod(max(size, 1) for size in shapes[spec.name]) for spec in specs)
+    if count > _LARGEST_INPUTS:
+        raise MemoryError(f"its inputs have {count} values")
     return {
         spec.name: _random_array(numpy_dtype(spec), shapes[spec.name], filling, rng)
         for spec in specs
