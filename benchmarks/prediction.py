@@ -116,8 +116,8 @@ def examine(model: Model, profile: Profile, seconds: float, rounds: int) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, default=common.ROOT.parent / "shared" / "models")
-    parser.add_argument("--seconds", type=float, default=40.0)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=25.0)
+    parser.add_argument("--rounds", type=int, default=25)
     options = parser.parse_args()
     parts, data = [], []
     for name, file in MODELS.items():

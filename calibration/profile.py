@@ -2,10 +2,10 @@
 
 Every latency is measured against the whole network: snippets are timed in batches
 (`graphfold.calibration.kernels`), the runs of a batch alternate with runs of the network, and
-what is kept is the ratio of the two. So a machine that becomes slower or faster between two
-batches, or between two halves of a run that was interrupted, changes nothing. In the end one
-folded network sets the scale (`graphfold.calibration.wholes`), ratios become milliseconds, and
-`rest` is what the steps' latencies lack to the whole.
+what is kept is the ratio to the sum of the network's own kernels. So a machine that becomes
+slower or faster between two batches, or between two halves of a run that was interrupted,
+changes nothing. In the end one folded network sets the scale (`graphfold.calibration.wholes`),
+ratios become milliseconds, and `rest` is what the steps' latencies lack to the whole.
 """
 
 from __future__ import annotations

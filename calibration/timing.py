@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Sample:
-    """A latency and its spread over rounds, as shares of the whole network's latency."""
+    """A latency and its spread over rounds, as shares of the whole network's kernels."""
 
     ratio: float
     spread: float
