@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graphfold.calibration.planning import PlanResult
     from graphfold.calibration.profile import Profile
     from graphfold.inspection import Inspection
+    from graphfold.measures import LatencyTable
     from graphfold.optimizer import Result
     from graphfold.plan import PlanSource
     from graphfold.rewrite import Progress
@@ -36,6 +37,7 @@ def optimize(
     allow_other_model: bool = False,
     allow_growth: bool = False,
     border_repair: str | None = None,
+    latency: str | os.PathLike[str] | LatencyTable | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     inputs: Iterable[Mapping[str, NDArray[Any]]] | None = None,
     tolerance: float | None = None,
@@ -57,6 +59,7 @@ def optimize(
         allow_growth: merge loose runs even where cost rises.
         border_repair: force one repair of merged borders (`graphfold.emit.REPAIRS`); by default
             the cheapest is chosen.
+        latency: a latency table (see `profile`); it alone decides on loose merges it knows.
         input_shapes: sizes of inputs that the model leaves open, by name ("" for the only one).
         inputs: feeds by input name to verify on; random ones by default.
         tolerance: largest accepted error relative to max|y|.
@@ -85,6 +88,7 @@ def optimize(
             allow_other_model=allow_other_model,
             allow_growth=allow_growth,
             border_repair=border_repair,
+            latency=latency,
             input_shapes=input_shapes,
             inputs=inputs,
             tolerance=tolerance,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphfold.errors import NotExactError
+from graphfold.geometry import Geometry
 from graphfold.graph import is_op
 from graphfold.linear import OPERATORS, is_join, variable_inputs
 from graphfold.merge import current_region, merged_geometry
@@ -31,10 +32,29 @@ def why_apart(work: Work, region: Region) -> str | None:
         merged = merged_cost(work, geometry, sizes, nominal)
     except NotExactError as error:
         return error.what
+    slower = _measured(work, region, geometry)
+    if slower is not None:
+        return slower or None
     present = _present_cost(work, region)
     if merged > present and not work.allow_growth:
         return f"merging raises cost: {growth(present, merged)}"
     return None
+
+
+def _measured(work: Work, region: Region, geometry: Geometry) -> str | None:
+    """What a latency table says of a merge: why not, "" where it is faster, None for nothing."""
+    if work.prices is None or work.allow_growth:
+        return None
+    entry, output = region.entry.name or "", region.output.name or ""
+    inside = {value.name or "" for node in region.nodes for value in node.outputs}
+    convs = sum(is_op(node, "Conv") for node in region.nodes)
+    present = work.prices.present(entry, inside, convs)
+    merged = work.prices.merged(entry, output, geometry.kernel)
+    if present is None or merged is None:
+        return None
+    if merged < present:
+        return ""
+    return f"merging is slower where it was measured: {present:.3f} ms to {merged:.3f} ms"
 
 
 def region_of_join(

@@ -144,6 +144,16 @@ def _optimize(
     allow_growth: Annotated[
         bool, typer.Option("--allow-growth", help="Merge loose runs even where cost rises.")
     ] = False,
+    latency: Annotated[
+        str | None,
+        typer.Option(
+            "--latency",
+            metavar="T",
+            help="A latency table (graphfold profile): measured times decide which loose runs are "
+            "merged, instead of multiply-adds.",
+            show_default=False,
+        ),
+    ] = None,
     passes: Annotated[
         str | None,
         typer.Option(
@@ -205,6 +215,7 @@ def _optimize(
             skip_passes=[name for item in skip_pass or () for name in arguments.names(item)],
             allow_other_model=allow_other_model,
             allow_growth=allow_growth,
+            latency=latency,
             input_shapes=arguments.shapes(input_shape),
             inputs=arguments.inputs(data, loaded),
             tolerance=tolerance,

@@ -16,8 +16,10 @@ from graphfold import __version__
 from graphfold.check import blaming
 from graphfold.errors import PlanError, UsageError, VerificationError
 from graphfold.graph import Graph
+from graphfold.measures import LatencyTable, check_names, read_latency
 from graphfold.model import Model, compare_interfaces, load, to_proto
 from graphfold.plan import Plan, PlanSource, read_plan
+from graphfold.prices import Prices
 from graphfold.reference import Reference, build_reference
 from graphfold.report import Report, build_report, snapshot
 from graphfold.rewrite import (
@@ -110,6 +112,7 @@ def optimize_model(
     allow_other_model: bool = False,
     allow_growth: bool = False,
     border_repair: str | None = None,
+    latency: str | os.PathLike[str] | LatencyTable | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     inputs: Iterable[Mapping[str, NDArray[Any]]] | None = None,
     tolerance: float | None = None,
@@ -130,6 +133,7 @@ def optimize_model(
             allow_other_model=allow_other_model,
             allow_growth=allow_growth,
             border_repair=border_repair,
+            latency=latency,
             input_shapes=input_shapes,
             inputs=inputs,
             tolerance=tolerance,
@@ -149,6 +153,7 @@ def _optimize(
     allow_other_model: bool,
     allow_growth: bool,
     border_repair: str | None,
+    latency: str | os.PathLike[str] | LatencyTable | None,
     input_shapes: Mapping[str, Sequence[int]] | None,
     inputs: Iterable[Mapping[str, NDArray[Any]]] | None,
     tolerance: float | None,
@@ -168,6 +173,7 @@ def _optimize(
             segments=reference.segments,
             allow_growth=allow_growth,
             repair=border_repair,
+            prices=None if latency is None else _prices(latency, reference),
             affines={} if verify else None,
         )
         statistics = fold_everywhere(chosen, work, progress)
@@ -209,6 +215,18 @@ def _optimize(
             )
 
     return Result(folded, reference.model, gather)
+
+
+def _prices(latency: str | os.PathLike[str] | LatencyTable, reference: Reference) -> Prices:
+    """The table's latencies, as far as its tensors are still there under the plan.
+
+    Raises:
+        MeasuresError: it cannot be read, or is of another model.
+    """
+    table = latency if isinstance(latency, LatencyTable) else read_latency(Path(latency))
+    if not reference.segments and not reference.statistics:
+        check_names(table, reference.graph.values())
+    return Prices(table)
 
 
 def _located(

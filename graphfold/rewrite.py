@@ -21,6 +21,7 @@ from graphfold.errors import NotExactError, UsageError
 from graphfold.graph import Graph, node_label
 from graphfold.maps import AffineMap
 from graphfold.plan import Boundary, nearest
+from graphfold.prices import Prices
 from graphfold.resolve import ResolvedPlan
 
 METADATA_PREFIX = "graphfold."
@@ -116,6 +117,7 @@ class Work:
         plan: what PLAN passes apply; values are kept up to date while they do.
         segments: what FOLD passes must turn into one operator each.
         allow_growth: merge loose runs even where cost rises.
+        prices: measured latencies; where they know a loose run, they alone decide.
         repair: force one border repair (see `graphfold.emit`), None to choose by cost.
     """
 
@@ -124,6 +126,7 @@ class Work:
     segments: Sequence[SegmentNames] = ()
     allow_growth: bool = False
     repair: str | None = None
+    prices: Prices | None = None
     # The folds in float64 by output tensor, where their rounding is going to be measured.
     affines: dict[str, AffineMap] | None = None
     # Bytes of them that may still be held; folds beyond are not measured by themselves.

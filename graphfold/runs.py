@@ -29,6 +29,7 @@ from graphfold.linear import (
     variable_inputs,
     zero_padding,
 )
+from graphfold.prices import Prices
 from graphfold.regions import Region
 from graphfold.rewrite import Work
 
@@ -39,6 +40,8 @@ NOMINAL_SIZE = 64
 _LEADING = (*PER_CHANNEL, "Pad", "Identity", "Dropout")
 # How far ahead a piece may reach; kernels of longer merges grow beyond any use.
 _LONGEST_PIECE = 24
+# Where a step of a priced chain ends, its milliseconds, and what it merges.
+_Way = tuple[int, float, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True, order=True)
@@ -243,8 +246,13 @@ def _links_from(work: Work, first: ir.Node, rank: int, channels: int) -> tuple[L
 def best_split(work: Work, chain: Chain) -> Split:
     """The cheapest split of a chain (a shortest path over its tensors).
 
-    With `work.allow_growth`, fewer operators come before cost.
+    With `work.allow_growth`, fewer operators come before cost; where a latency table knows the
+    whole chain, it alone decides.
     """
+    if work.prices is not None and not work.allow_growth:
+        priced = _priced_split(work, work.prices, chain)
+        if priced is not None:
+            return priced
     links = chain.links
     best: list[Split] = [Split(RunCost(), ())]
     for end in range(1, len(links) + 1):
@@ -252,7 +260,7 @@ def best_split(work: Work, chain: Chain) -> Split:
         best.append(Split(alone.cost + links[end - 1].cost(), alone.pieces))
     # Forward relaxation: from each start, one geometry grows operator by operator.
     for start in range(len(links)):
-        for end, cost in _piece_costs(work, links, start):
+        for end, cost, _ in _piece_costs(work, links, start):
             through = Split(best[start].cost + cost, (*best[start].pieces, (start, end)))
             if _rank(work, through) < _rank(work, best[end]):
                 best[end] = through
@@ -264,6 +272,46 @@ def best_split(work: Work, chain: Chain) -> Split:
     return best[-1]
 
 
+def _priced_split(work: Work, prices: Prices, chain: Chain) -> Split | None:
+    """The fastest split by a latency table; None where it does not know a way through."""
+    links = chain.links
+    names = [links[0].source.name or "", *(link.node.outputs[0].name or "" for link in links)]
+    position = {name: index for index, name in enumerate(names)}
+    best: list[tuple[float, tuple[tuple[int, int], ...]] | None] = [None] * len(names)
+    best[0] = (0.0, ())
+    for start in range(len(links)):
+        reached = best[start]
+        if reached is None:
+            continue
+        ways: list[_Way] = [
+            (position[target], value, ())
+            for target, value in prices.steps_from(names[start])
+            if position.get(target, -1) > start
+        ]
+        ways += _priced_merges(work, prices, links, names, start)
+        for end, value, pieces in ways:
+            total = (reached[0] + value, (*reached[1], *pieces))
+            held = best[end]
+            if held is None or total[0] < held[0]:
+                best[end] = total
+    found = best[-1]
+    return None if found is None else Split(RunCost(operators=len(found[1])), found[1])
+
+
+def _priced_merges(
+    work: Work, prices: Prices, links: Sequence[Link], names: Sequence[str], start: int
+) -> Iterator[_Way]:
+    """Ends, milliseconds and pieces of what the table knows as one convolution from `start`."""
+    kernel = links[start].operator.geometry.kernel
+    already = prices.merged(names[start], names[start + 1], kernel)
+    if already is not None:
+        yield start + 1, already, ()
+    for end, _, geometry in _piece_costs(work, links, start):
+        value = prices.merged(names[start], names[end], geometry.kernel)
+        if value is not None:
+            yield end, value, ((start, end),)
+
+
 def _rank(work: Work, split: Split) -> tuple[int, ...]:
     cost = split.cost
     if work.allow_growth:
@@ -271,8 +319,10 @@ def _rank(work: Work, split: Split) -> tuple[int, ...]:
     return cost.macs, cost.params, cost.operators
 
 
-def _piece_costs(work: Work, links: Sequence[Link], start: int) -> Iterator[tuple[int, RunCost]]:
-    """Ends and costs of the pieces from `start` that one convolution equals."""
+def _piece_costs(
+    work: Work, links: Sequence[Link], start: int
+) -> Iterator[tuple[int, RunCost, Geometry]]:
+    """Ends, costs and geometries of the pieces from `start` that one convolution equals."""
     first = links[start]
     merged: Geometry = first.operator.geometry
     convs = int(first.is_conv)
@@ -286,7 +336,7 @@ def _piece_costs(work: Work, links: Sequence[Link], start: int) -> Iterator[tupl
         # What stands behind a convolution folds into it at no cost (fold_batchnorm).
         if convs > 1 or (convs == 1 and not first.is_conv):
             with suppress(NotExactError):
-                yield end, merged_cost(work, merged, first.sizes, first.nominal)
+                yield end, merged_cost(work, merged, first.sizes, first.nominal), merged
 
 
 def merged_cost(
@@ -345,7 +395,7 @@ def alternatives(work: Work) -> Iterator[Alternative]:
 def _longest_merges(work: Work, chain: Chain) -> Iterator[Alternative]:
     links, reached = chain.links, 0
     for start in (index for index, link in enumerate(links) if link.is_conv):
-        pieces = dict(_piece_costs(work, links, start))
+        pieces = {end: cost for end, cost, _ in _piece_costs(work, links, start)}
         end = max(pieces, default=0)
         convs = [link.node for link in links[start:end] if link.is_conv]
         if end <= reached or len(convs) < 2:

@@ -89,7 +89,6 @@ def test_every_command_has_help_with_an_example(run, command):
 
 def test_options_without_a_feature_are_not_offered(run):
     _, out, _ = run("optimize", "--help")
-    assert "--latency" not in out
     assert "--distill" not in out
     _, out, _ = run("--help")
     for absent in ("score", "search", "finetune", "auto "):
