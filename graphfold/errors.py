@@ -44,6 +44,10 @@ class DataError(GraphfoldError):
     """Calibration or verification data that does not fit the model."""
 
 
+# A table of another model is wrong in every row: more lines tell nothing more.
+_SHOWN_PROBLEMS = 20
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem of a file: the path it stands at, what is wrong, what would be right."""
@@ -66,8 +70,11 @@ class ProblemsError(GraphfoldError):
         if len(self.problems) == 1:
             what = str(self.problems[0])
         else:
-            lines = "".join(f"\n  {problem}" for problem in self.problems)
-            what = f"{len(self.problems)} problems in the {self.subject}:{lines}"
+            shown = self.problems[:_SHOWN_PROBLEMS]
+            lines = [f"\n  {problem}" for problem in shown]
+            if len(shown) < len(self.problems):
+                lines.append(f"\n  and {len(self.problems) - len(shown)} more")
+            what = f"{len(self.problems)} problems in the {self.subject}:{''.join(lines)}"
         super().__init__(what, where=where)
 
 

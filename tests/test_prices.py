@@ -103,3 +103,10 @@ def test_the_command_takes_a_table(tmp_path: Path):
     arguments = ["optimize", str(tmp_path / "m.onnx"), "--latency", str(tmp_path / "t.json")]
     assert main([*arguments, "-o", str(tmp_path / "o.onnx"), "-q"]) == 0
     assert len(onnx.load(tmp_path / "o.onnx").graph.node) == 1
+
+
+def test_of_very_many_problems_the_first_are_shown():
+    rows = {f"u{n}_v{n}": 1.0 for n in range(30)}
+    with pytest.raises(MeasuresError, match=r"60 problems(?s:.*)and 40 more") as caught:
+        graphfold.optimize(chain(), latency=table(**rows))
+    assert len(caught.value.problems) == 60
