@@ -34,6 +34,8 @@ REPAIRS = ("map", "table", "ones", "channel")
 _SMALL_MAP_ELEMENTS = 4096
 # ConstantOfShape, which makes an image of ones, exists since then.
 _ONES_OPSET = 9
+# Add broadcasts without being told to since then.
+_BROADCASTING_OPSET = 7
 
 
 def choose_repair(
@@ -50,6 +52,8 @@ def choose_repair(
             needs a later opset.
     """
     repair = _cheapest_repair(geometry, sizes, forced)
+    if repair is not None and opset < _BROADCASTING_OPSET:
+        raise NotExactError(f"border repair {repair!r} needs opset {_BROADCASTING_OPSET} or later")
     if repair in ("ones", "channel") and opset < _ONES_OPSET:
         raise NotExactError(f"border repair {repair!r} needs opset {_ONES_OPSET} or later")
     return repair

@@ -32,7 +32,7 @@ from graphfold.emit import (
     without_cropping,
 )
 from graphfold.errors import NotExactError
-from graphfold.geometry import Axis
+from graphfold.geometry import Axis, Geometry
 from graphfold.graph import Graph
 from graphfold.model import load, to_proto
 
@@ -333,3 +333,10 @@ def test_costs_of_repairs_are_operations_and_constants():
     assert repair_cost(geometry, (10, 20), "table") == (pixels, 3 * 9)
     assert repair_cost(geometry, (10, 20), "ones") == (pixels * 10, 3 * 9)
     assert repair_cost(geometry, (10, 20), "channel") == (pixels * 9, 3 * 9)
+
+
+def test_before_opset_7_borders_are_not_repaired():
+    bordered = Geometry((Axis(3, 1, 1, 1, 1),) * 2, 2, 2, 1, biased=True, bordered=True)
+    with pytest.raises(NotExactError, match="needs opset 7"):
+        choose_repair(bordered, (8, 8), opset=6)
+    assert choose_repair(bordered, (8, 8), opset=7) == "map"
