@@ -21,6 +21,7 @@ from graphfold.geometry import Axis, Geometry
 from graphfold.graph import (
     Graph,
     attribute,
+    consumers,
     has_reference_attributes,
     is_op,
     node_label,
@@ -73,6 +74,15 @@ def linear_operator(node: ir.Node, context: Context) -> LinearOperator:
     if any(axis.is_beyond(_LARGEST_WINDOW) for axis in operator.geometry.axes):
         raise NotExactError(f"the window or padding of {node_label(node)!r} is absurdly large")
     return operator
+
+
+def check_read_once(value: ir.Value, reader: ir.Node) -> None:
+    """Raise NotExactError where something besides `reader` needs a tensor."""
+    if value.is_graph_output():
+        raise NotExactError(f"{value.name!r} is an output of the graph")
+    others = [other for other in consumers(value) if other is not reader]
+    if others:
+        raise NotExactError(f"{value.name!r} is also read by {node_label(others[0])!r}")
 
 
 def variable_inputs(graph: Graph, node: ir.Node) -> list[ir.Value]:

@@ -84,6 +84,14 @@ class Skip:
     pass_name: str
 
 
+@dataclass(frozen=True)
+class Refused:
+    """A candidate that a pass found while looking for others, and why it stays as it is."""
+
+    output: str
+    reason: str
+
+
 @dataclass
 class PassStatistics:
     """What one pass did: candidates found, rewritten and skipped, and the time it took."""

@@ -30,13 +30,14 @@ from graphfold.linear import (
     FLOAT_TYPES,
     PER_CHANNEL,
     Context,
+    check_read_once,
     conv_axes,
     conv_weight_shape,
     linear_operator,
     variable_inputs,
 )
 from graphfold.merge import check_finite, put_in_place, reach_of
-from graphfold.rewrite import Fold, Pass, Phase, Work, provenance, replaced_labels
+from graphfold.rewrite import Fold, Pass, Phase, Refused, Work, provenance, replaced_labels
 
 # No sum of weights below this holds one that float16 could not.
 _SURELY_FINITE = 6e4
@@ -57,14 +58,6 @@ class _Series:
 
 
 @dataclass(frozen=True)
-class _Refused:
-    """What reads a convolution's result and stays behind it."""
-
-    output: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class FoldBatchnorm(Pass):
     """One convolution for each convolution and what scales and shifts its result."""
 
@@ -72,27 +65,27 @@ class FoldBatchnorm(Pass):
     phase: ClassVar[Phase] = Phase.FOLD
     order: ClassVar[int] = 2
 
-    def find(self, work: Work) -> Iterable[_Series | _Refused]:
+    def find(self, work: Work) -> Iterable[_Series | Refused]:
         """Every convolution with what behind it folds; normalisations that do not, and why."""
-        found: list[_Series | _Refused] = []
+        found: list[_Series | Refused] = []
         for node in work.graph.nodes():
             # A segment's convolution is what the plan says it is.
             if is_op(node, "Conv") and node not in work.barrier:
                 found += _series(work.graph, node)
         return found
 
-    def label(self, candidate: _Series | _Refused) -> str:
+    def label(self, candidate: _Series | Refused) -> str:
         """The last normalisation's output tensor."""
-        if isinstance(candidate, _Refused):
+        if isinstance(candidate, Refused):
             return candidate.output
         return candidate.output.name or ""
 
-    def check(self, work: Work, candidate: _Series | _Refused) -> str | None:
+    def check(self, work: Work, candidate: _Series | Refused) -> str | None:
         """Refuse a result that is needed elsewhere, and what is not linear."""
         del work
-        return candidate.reason if isinstance(candidate, _Refused) else None
+        return candidate.reason if isinstance(candidate, Refused) else None
 
-    def rewrite(self, work: Work, candidate: _Series | _Refused) -> Fold:
+    def rewrite(self, work: Work, candidate: _Series | Refused) -> Fold:
         """Scale and shift the convolution's weights and bias."""
         assert isinstance(candidate, _Series)
         graph, conv = work.graph, candidate.conv
@@ -129,10 +122,10 @@ class FoldBatchnorm(Pass):
 # --- finding ----------------------------------------------------------------------------------
 
 
-def _series(graph: Graph, conv: ir.Node) -> Iterable[_Series | _Refused]:
+def _series(graph: Graph, conv: ir.Node) -> Iterable[_Series | Refused]:
     """What folds into one convolution, and the first that does not though it might."""
     scaling: list[ir.Node] = []
-    refused: list[_Refused] = []
+    refused: list[Refused] = []
     scale = shift = np.zeros(0)
     value = conv.outputs[0]
     while True:
@@ -141,7 +134,7 @@ def _series(graph: Graph, conv: ir.Node) -> Iterable[_Series | _Refused]:
             break
         try:
             factor, term = _scale_and_shift(graph, conv, readers[0])
-            _check_read_once(value, readers[0])
+            check_read_once(value, readers[0])
         except NotExactError as error:
             refused = list(_refusals(readers, error.what))
             break
@@ -160,19 +153,11 @@ def _reads_as_data(graph: Graph, node: ir.Node, value: ir.Value) -> bool:
     return len(variable_inputs(graph, node)) == 1
 
 
-def _refusals(readers: Iterable[ir.Node], reason: str) -> Iterable[_Refused]:
+def _refusals(readers: Iterable[ir.Node], reason: str) -> Iterable[Refused]:
     """Other arithmetic with constants (a map, a row) is nobody's candidate."""
     for node in readers:
         if is_op(node, "BatchNormalization") or "is not per channel" not in reason:
-            yield _Refused(node.outputs[0].name or "", reason)
-
-
-def _check_read_once(value: ir.Value, reader: ir.Node) -> None:
-    if value.is_graph_output():
-        raise NotExactError(f"{value.name!r} is an output of the graph")
-    others = [other for other in consumers(value) if other is not reader]
-    if others:
-        raise NotExactError(f"{value.name!r} is also read by {node_label(others[0])!r}")
+            yield Refused(node.outputs[0].name or "", reason)
 
 
 def _scale_and_shift(graph: Graph, conv: ir.Node, node: ir.Node) -> tuple[Array, Array]:

@@ -30,7 +30,7 @@ from graphfold.affine import AffineConv
 from graphfold.errors import NotExactError
 from graphfold.geometry import Geometry
 from graphfold.graph import Graph, attribute, consumers, is_op, node_label, only_consumer
-from graphfold.linear import PER_CHANNEL, variable_inputs
+from graphfold.linear import PER_CHANNEL, check_read_once, variable_inputs
 from graphfold.merge import MergeCandidate, merged_geometry, replace_region, segment_nodes
 from graphfold.regions import Region, region_affine, region_macs
 from graphfold.rewrite import Fold, Pass, Phase, Work
@@ -257,7 +257,7 @@ def _region_before(work: Work, site: _Reordering) -> Region:
         raise NotExactError("")
     nodes = tuple(node for node in (conv, *scaling[::-1]) if node is not None)
     for node, reader in zip(nodes, (*nodes[1:], site.nodes[0]), strict=True):
-        _check_read_once(node.outputs[0], reader)
+        check_read_once(node.outputs[0], reader)
     entry = conv.inputs[0]
     assert entry is not None
     region = Region(entry, site.source, nodes)
@@ -278,7 +278,7 @@ def _region_after(work: Work, site: _Reordering) -> Region:
     # Further results of a Split would stay, and the convolution would only cost more.
     if conv is None or len(site.nodes[-1].outputs) > 1:
         raise NotExactError("")
-    _check_read_once(site.output, conv)
+    check_read_once(site.output, conv)
     region = Region(site.output, conv.outputs[0], (conv,))
     geometry = _geometry(work, region)
     _check_grouping(site, geometry.groups, conv)
@@ -291,14 +291,6 @@ def _geometry(work: Work, region: Region) -> Geometry:
     if segment_nodes(work).intersection(region.nodes):
         raise NotExactError(f"{node_label(region.nodes[0])!r} belongs to a segment")
     return merged_geometry(work, region)
-
-
-def _check_read_once(value: ir.Value, reader: ir.Node) -> None:
-    if value.is_graph_output():
-        raise NotExactError(f"{value.name!r} is an output of the graph")
-    others = [other for other in consumers(value) if other is not reader]
-    if others:
-        raise NotExactError(f"{value.name!r} is also read by {node_label(others[0])!r}")
 
 
 def _check_grouping(site: _Reordering, groups: int, conv: ir.Node) -> None:

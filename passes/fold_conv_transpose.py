@@ -23,11 +23,12 @@ import onnx_ir as ir
 from graphfold.affine import Array
 from graphfold.emit import Emitter
 from graphfold.errors import NotExactError
-from graphfold.graph import Graph, attribute, consumers, is_op, node_label
+from graphfold.graph import Graph, attribute, is_op, node_label
 from graphfold.linear import (
     FLOAT_TYPES,
     PER_CHANNEL,
     Context,
+    check_read_once,
     constant_shape,
     linear_operator,
     variable_inputs,
@@ -73,13 +74,8 @@ class FoldConvTranspose(Pass):
 
     def check(self, work: Work, candidate: _Pair) -> str | None:
         """Refuse a result that is needed elsewhere, and what is not constant per channel."""
-        value = candidate.conv.outputs[0]
-        if value.is_graph_output():
-            return f"{value.name!r} is an output of the graph"
-        others = [reader for reader in consumers(value) if reader is not candidate.norm]
-        if others:
-            return f"{value.name!r} is also read by {node_label(others[0])!r}"
         try:
+            check_read_once(candidate.conv.outputs[0], candidate.norm)
             _scale_and_shift(work.graph, candidate)
             _bias(work.graph, candidate.conv)
         except NotExactError as error:

@@ -33,13 +33,14 @@ from graphfold.graph import Graph, consumers, is_op, node_label
 from graphfold.linear import (
     PER_CHANNEL,
     Context,
+    check_read_once,
     constant_shape,
     linear_operator,
     variable_inputs,
 )
 from graphfold.maps import Dense
 from graphfold.merge import put_in_place, segment_nodes
-from graphfold.rewrite import Fold, Pass, Phase, Work, provenance, replaced_labels
+from graphfold.rewrite import Fold, Pass, Phase, Refused, Work, provenance, replaced_labels
 from graphfold.runs import RunCost
 
 
@@ -80,14 +81,6 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class _Refused:
-    """What stays apart from the layer before it."""
-
-    output: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class FoldGemm(Pass):
     """One Gemm or MatMul for each run of layers."""
 
@@ -95,11 +88,11 @@ class FoldGemm(Pass):
     phase: ClassVar[Phase] = Phase.FOLD
     order: ClassVar[int] = 2
 
-    def find(self, work: Work) -> Iterable[_Run | _Refused]:
+    def find(self, work: Work) -> Iterable[_Run | Refused]:
         """The pieces of each run that become one layer; what stays apart, with the reason."""
         owned = segment_nodes(work)
         taken: set[ir.Node] = set()
-        found: list[_Run | _Refused] = []
+        found: list[_Run | Refused] = []
         for node in work.graph.nodes():
             if node in taken or node in owned or not is_op(node, "Gemm", "MatMul"):
                 continue
@@ -111,18 +104,18 @@ class FoldGemm(Pass):
                 found.append(refused)
         return found
 
-    def label(self, candidate: _Run | _Refused) -> str:
+    def label(self, candidate: _Run | Refused) -> str:
         """The output tensor of the last operator."""
-        if isinstance(candidate, _Refused):
+        if isinstance(candidate, Refused):
             return candidate.output
         return candidate.output.name or ""
 
-    def check(self, work: Work, candidate: _Run | _Refused) -> str | None:
+    def check(self, work: Work, candidate: _Run | Refused) -> str | None:
         """Refuse what is not equal or not cheaper."""
         del work
-        return candidate.reason if isinstance(candidate, _Refused) else None
+        return candidate.reason if isinstance(candidate, Refused) else None
 
-    def rewrite(self, work: Work, candidate: _Run | _Refused) -> Fold:
+    def rewrite(self, work: Work, candidate: _Run | Refused) -> Fold:
         """Replace the run by its one layer."""
         assert isinstance(candidate, _Run)
         graph, nodes = work.graph, candidate.nodes
@@ -155,7 +148,7 @@ class FoldGemm(Pass):
 
 def _run_from(
     graph: Graph, first: ir.Node, owned: set[ir.Node]
-) -> tuple[_Run | None, _Refused | None]:
+) -> tuple[_Run | None, Refused | None]:
     """The longest run from a product on, and what ends it where that looks like more of it."""
     try:
         layer = _layer(graph, first)
@@ -169,7 +162,7 @@ def _run_from(
         if follower is None:
             return _Run(tuple(layers), rank), None
         try:
-            _check_read_once(value, follower)
+            check_read_once(value, follower)
             if is_op(follower, "Gemm", "MatMul"):
                 after = _layer(graph, follower)
                 if after.inputs != layers[-1].features:
@@ -181,7 +174,7 @@ def _run_from(
                 scaling = (*last.scaling, follower)
                 layers[-1] = _Layer(last.product, scaling, last.inputs, last.features)
         except NotExactError as error:
-            refused = _Refused(follower.outputs[0].name or "", error.what)
+            refused = Refused(follower.outputs[0].name or "", error.what)
             return _Run(tuple(layers), rank), refused
 
 
@@ -216,28 +209,20 @@ def _follower(graph: Graph, value: ir.Value, owned: set[ir.Node]) -> ir.Node | N
     return None
 
 
-def _refusal_behind(graph: Graph, product: ir.Node, reason: str) -> _Refused | None:
+def _refusal_behind(graph: Graph, product: ir.Node, reason: str) -> Refused | None:
     """A reason to report where a normalisation or constants stand behind a Gemm."""
     weight = product.inputs[1]
     stored = weight is not None and weight.producer() is None and weight.is_initializer()
     follower = _follower(graph, product.outputs[0], set())
     if follower is None or not (stored or is_op(product, "Gemm")):
         return None
-    return _Refused(follower.outputs[0].name or "", reason)
-
-
-def _check_read_once(value: ir.Value, reader: ir.Node) -> None:
-    if value.is_graph_output():
-        raise NotExactError(f"{value.name!r} is an output of the graph")
-    others = [other for other in consumers(value) if other is not reader]
-    if others:
-        raise NotExactError(f"{value.name!r} is also read by {node_label(others[0])!r}")
+    return Refused(follower.outputs[0].name or "", reason)
 
 
 # --- splitting --------------------------------------------------------------------------------
 
 
-def _pieces(work: Work, run: _Run) -> Iterator[_Run | _Refused]:
+def _pieces(work: Work, run: _Run) -> Iterator[_Run | Refused]:
     """What of a run becomes one layer each: its cheapest split, and why the rest stays apart."""
     layers = run.layers
     best: list[tuple[RunCost, tuple[int, ...]]] = [(RunCost(), (0,))]
@@ -257,7 +242,7 @@ def _pieces(work: Work, run: _Run) -> Iterator[_Run | _Refused]:
         apart = first.inputs * first.features + second.inputs * second.features
         merged = first.inputs * second.features
         reason = f"merging raises cost: {apart:,} to {merged:,} operations per row"
-        yield _Refused(second.nodes[-1].outputs[0].name or "", reason)
+        yield Refused(second.nodes[-1].outputs[0].name or "", reason)
 
 
 def _order(work: Work, cost: RunCost) -> tuple[int, ...]:

@@ -20,16 +20,8 @@ from typing import ClassVar
 
 from graphfold.graph import is_op, only_consumer
 from graphfold.merge import MergeCandidate, current_region, has_join, merge_region, segment_regions
-from graphfold.rewrite import METADATA_PREFIX, Fold, Pass, Phase, Work
+from graphfold.rewrite import METADATA_PREFIX, Fold, Pass, Phase, Refused, Work
 from graphfold.runs import Chain, best_split, mergeable_chains, why_separate
-
-
-@dataclass(frozen=True)
-class _Refused:
-    """Two neighbouring convolutions of a chain that stay apart."""
-
-    output: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -40,9 +32,9 @@ class MergeConvs(Pass):
     phase: ClassVar[Phase] = Phase.FOLD
     order: ClassVar[int] = 1
 
-    def find(self, work: Work) -> Iterable[MergeCandidate | _Refused]:
+    def find(self, work: Work) -> Iterable[MergeCandidate | Refused]:
         """Segments that are chains, then the pieces of loose chains that are worth merging."""
-        found: list[MergeCandidate | _Refused] = [
+        found: list[MergeCandidate | Refused] = [
             each for each in segment_regions(work) if not has_join(work, each.region)
         ]
         if found:
@@ -52,25 +44,25 @@ class MergeConvs(Pass):
             found += _loose(work, chain)
         return found + list(_behind_repairs(work))
 
-    def label(self, candidate: MergeCandidate | _Refused) -> str:
+    def label(self, candidate: MergeCandidate | Refused) -> str:
         """The output tensor of the merge."""
-        if isinstance(candidate, _Refused):
+        if isinstance(candidate, Refused):
             return candidate.output
         return candidate.region.output.name or ""
 
-    def check(self, work: Work, candidate: MergeCandidate | _Refused) -> str | None:
+    def check(self, work: Work, candidate: MergeCandidate | Refused) -> str | None:
         """Refuse what is not equal or not cheaper."""
         del work
-        return candidate.reason if isinstance(candidate, _Refused) else None
+        return candidate.reason if isinstance(candidate, Refused) else None
 
-    def rewrite(self, work: Work, candidate: MergeCandidate | _Refused) -> Fold:
+    def rewrite(self, work: Work, candidate: MergeCandidate | Refused) -> Fold:
         """Replace the chain by its convolution."""
         assert isinstance(candidate, MergeCandidate)
         region = current_region(work, candidate.region)
         return merge_region(work, MergeCandidate(region, candidate.segment), self.name)
 
 
-def _loose(work: Work, chain: Chain) -> Iterable[MergeCandidate | _Refused]:
+def _loose(work: Work, chain: Chain) -> Iterable[MergeCandidate | Refused]:
     """The pieces of the best split; where there are none left, why the convolutions stay apart."""
     pieces = best_split(work, chain).pieces
     for start, end in pieces:
@@ -80,13 +72,13 @@ def _loose(work: Work, chain: Chain) -> Iterable[MergeCandidate | _Refused]:
     convs = [position for position, link in enumerate(chain.links) if link.is_conv]
     if convs[0] > 0:
         name = chain.links[convs[0]].node.outputs[0].name or ""
-        yield _Refused(name, why_separate(work, chain, 0, convs[0]))
+        yield Refused(name, why_separate(work, chain, 0, convs[0]))
     for first, second in pairwise(convs):
         name = chain.links[second].node.outputs[0].name or ""
-        yield _Refused(name, why_separate(work, chain, first, second))
+        yield Refused(name, why_separate(work, chain, first, second))
 
 
-def _behind_repairs(work: Work) -> Iterator[_Refused]:
+def _behind_repairs(work: Work) -> Iterator[Refused]:
     """Convolutions that read a merge whose repaired border ends the run."""
     for node in work.graph.nodes():
         source = node.inputs[0] if is_op(node, "Conv") else None
@@ -96,4 +88,4 @@ def _behind_repairs(work: Work) -> Iterator[_Refused]:
         made_by_pass = f"{METADATA_PREFIX}pass" in repair.metadata_props
         if made_by_pass and is_op(repair, "Add") and not {node, repair} & work.barrier:
             reason = f"the merge into {source.name!r} ends in the repair of its border"
-            yield _Refused(node.outputs[0].name or "", reason)
+            yield Refused(node.outputs[0].name or "", reason)
