@@ -66,7 +66,11 @@ def read(original: onnx.ModelProto) -> tuple[onnx_ir.Model, Header]:
     """
     _refuse_references(original.graph)
     plain = _representable(original)
-    model = serde.deserialize_model(plain)
+    try:
+        model = serde.deserialize_model(plain)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        # Fields of types that no exporter writes; onnx-ir has no error of its own for them.
+        raise ModelError(f"cannot be understood: {error}", hint="export the model again") from error
     _remember_graph(original.graph, model.graph)
     for proto, function in zip(original.functions, model.functions.values(), strict=True):
         _remember_function(proto, function)
