@@ -152,6 +152,8 @@ class Window:
         kernel = self._kernels.get(node) or tuple(attribute(node, "kernel_shape"))
         dilations = attribute(node, "dilations") or [1] * rank
         strides = attribute(node, "strides") or [1] * rank
+        if not len(kernel) == len(dilations) == len(strides) == rank:
+            raise MisfitError(f"the window of {_name(node)!r} is not one of {rank} axes")
         if any(taps > 1 and step > 1 for taps, step in zip(kernel, stride, strict=True)):
             raise MisfitError(
                 f"the kernel {list(kernel)} of {_name(node)!r} stands behind stride {list(stride)}"
