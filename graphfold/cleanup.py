@@ -8,6 +8,7 @@ that segments became, stay as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from graphfold.graph import (
     attribute,
     has_reference_attributes,
     is_op,
+    only_consumer,
 )
 from graphfold.rewrite import Work
 
@@ -79,6 +81,43 @@ def free_nodes(work: Work, *op_types: str) -> Iterator[ir.Node]:
 
 def _has_subgraph(node: ir.Node) -> bool:
     return any(attr.type in _SUBGRAPHS for attr in node.attributes.data.values())
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two operators of a kind in a row: the second reads the first's result."""
+
+    second: ir.Node
+
+    @property
+    def first(self) -> ir.Node:
+        """What the second reads now: an earlier merge may have put another in its place."""
+        before = _before(self.second)
+        assert before is not None
+        return before
+
+    @property
+    def output(self) -> str:
+        """The second one's output tensor."""
+        return self.second.outputs[0].name or ""
+
+    def why_apart(self) -> str | None:
+        """Why the first one's result must stay, or None."""
+        between = self.first.outputs[0]
+        needed = only_consumer(between) is None
+        return f"{between.name!r} is needed elsewhere too" if needed else None
+
+
+def pairs(work: Work, *op_types: str) -> list[Pair]:
+    """Every operator of these kinds that reads one of them as its data, in execution order."""
+    nodes = list(free_nodes(work, *op_types))
+    known = set(nodes)
+    return [Pair(node) for node in nodes if _before(node) in known]
+
+
+def _before(node: ir.Node) -> ir.Node | None:
+    source = node.inputs[0]
+    return None if source is None else source.producer()
 
 
 def why_not_bypassed(work: Work, output: ir.Value, source: ir.Value) -> str | None:

@@ -20,8 +20,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphfold.cleanup import free_nodes
-from graphfold.graph import Graph, attribute, is_op, only_consumer
+from graphfold.cleanup import Pair, pairs
+from graphfold.graph import Graph, attribute, is_op
 from graphfold.rewrite import Pass, Phase, Work, provenance
 
 _INPUT_TARGET_OPSET = 5
@@ -36,48 +36,40 @@ class MergeReshapes(Pass):
     phase: ClassVar[Phase] = Phase.FOLD
     order: ClassVar[int] = 5
 
-    def find(self, work: Work) -> Iterable[ir.Node]:
+    def find(self, work: Work) -> Iterable[Pair]:
         """Every change of shape that reads one."""
         graph = work.graph
         if graph.opset < _INPUT_TARGET_OPSET or not graph.holds_initializers:
             return []
-        nodes = list(free_nodes(work, *_KINDS))
-        known = set(nodes)
-        return [node for node in nodes if _before(node) in known]
+        return pairs(work, *_KINDS)
 
-    def label(self, candidate: ir.Node) -> str:
+    def label(self, candidate: Pair) -> str:
         """The second one's output tensor."""
-        return candidate.outputs[0].name or ""
+        return candidate.output
 
-    def check(self, work: Work, candidate: ir.Node) -> str | None:
+    def check(self, work: Work, candidate: Pair) -> str | None:
         """Refuse what is needed elsewhere, and shapes that are not known well enough."""
-        first = _before(candidate)
-        assert first is not None
-        if only_consumer(first.outputs[0]) is None:
-            return f"{first.outputs[0].name!r} is needed elsewhere too"
-        if _target(work.graph, first, candidate) is None:
-            return f"the shape of {candidate.outputs[0].name!r} is not known well enough"
+        first, second = candidate.first, candidate.second
+        reason = candidate.why_apart()
+        if reason is not None:
+            return reason
+        if _target(work.graph, first, second) is None:
+            return f"the shape of {second.outputs[0].name!r} is not known well enough"
         return None
 
-    def rewrite(self, work: Work, candidate: ir.Node) -> None:
+    def rewrite(self, work: Work, candidate: Pair) -> None:
         """Put a Reshape in the place of both."""
         graph = work.graph
-        first = _before(candidate)
-        assert first is not None
-        target = _target(graph, first, candidate)
-        name = candidate.outputs[0].name or ""
+        first, second = candidate.first, candidate.second
+        target = _target(graph, first, second)
+        name = candidate.output
         constant = graph.add_initializer(name, np.asarray(target, np.int64))
-        metadata = provenance((first, candidate), self.name)
+        metadata = provenance((first, second), self.name)
         inputs = [first.inputs[0], constant]
-        node = ir.Node("", "Reshape", inputs, name=candidate.name, metadata_props=metadata)
-        graph.ir.insert_before(candidate, node)
-        graph.take_over(candidate.outputs[0], node.outputs[0])
-        graph.remove_dead([candidate])
-
-
-def _before(node: ir.Node) -> ir.Node | None:
-    source = node.inputs[0]
-    return None if source is None else source.producer()
+        node = ir.Node("", "Reshape", inputs, name=second.name, metadata_props=metadata)
+        graph.ir.insert_before(second, node)
+        graph.take_over(second.outputs[0], node.outputs[0])
+        graph.remove_dead([second])
 
 
 def _target(graph: Graph, first: ir.Node, second: ir.Node) -> list[int] | None:

@@ -18,8 +18,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphfold.cleanup import free_nodes
-from graphfold.graph import Graph, attribute, only_consumer
+from graphfold.cleanup import Pair, pairs
+from graphfold.graph import Graph, attribute
 from graphfold.rewrite import Pass, Phase, Work, provenance
 
 _INPUTS_OPSET = 10
@@ -37,45 +37,37 @@ class MergeSlices(Pass):
     phase: ClassVar[Phase] = Phase.FOLD
     order: ClassVar[int] = 5
 
-    def find(self, work: Work) -> Iterable[ir.Node]:
+    def find(self, work: Work) -> Iterable[Pair]:
         """Every Slice that reads one."""
         graph = work.graph
         if graph.opset >= _INPUTS_OPSET and not graph.holds_initializers:
             return []
-        nodes = list(free_nodes(work, "Slice"))
-        known = set(nodes)
-        return [node for node in nodes if _before(node) in known]
+        return pairs(work, "Slice")
 
-    def label(self, candidate: ir.Node) -> str:
+    def label(self, candidate: Pair) -> str:
         """The second one's output tensor."""
-        return candidate.outputs[0].name or ""
+        return candidate.output
 
-    def check(self, work: Work, candidate: ir.Node) -> str | None:
+    def check(self, work: Work, candidate: Pair) -> str | None:
         """Refuse what is not constant, or needed elsewhere."""
-        first = _before(candidate)
-        assert first is not None
-        if only_consumer(first.outputs[0]) is None:
-            return f"{first.outputs[0].name!r} is needed elsewhere too"
-        merged = _merged(work.graph, first, candidate)
+        first, second = candidate.first, candidate.second
+        reason = candidate.why_apart()
+        if reason is not None:
+            return reason
+        merged = _merged(work.graph, first, second)
         return merged if isinstance(merged, str) else None
 
-    def rewrite(self, work: Work, candidate: ir.Node) -> None:
+    def rewrite(self, work: Work, candidate: Pair) -> None:
         """Put a Slice in the place of both."""
         graph = work.graph
-        first = _before(candidate)
-        assert first is not None
-        merged = _merged(graph, first, candidate)
+        first, second = candidate.first, candidate.second
+        merged = _merged(graph, first, second)
         assert not isinstance(merged, str)
-        node = _node(graph, first.inputs[0], candidate, merged)
-        node.metadata_props.update(provenance((first, candidate), self.name))
-        graph.ir.insert_before(candidate, node)
-        graph.take_over(candidate.outputs[0], node.outputs[0])
-        graph.remove_dead([candidate])
-
-
-def _before(node: ir.Node) -> ir.Node | None:
-    source = node.inputs[0]
-    return None if source is None else source.producer()
+        node = _node(graph, first.inputs[0], second, merged)
+        node.metadata_props.update(provenance((first, second), self.name))
+        graph.ir.insert_before(second, node)
+        graph.take_over(second.outputs[0], node.outputs[0])
+        graph.remove_dead([second])
 
 
 def _name(node: ir.Node) -> str | None:

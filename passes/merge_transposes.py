@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphfold.cleanup import free_nodes
-from graphfold.graph import Graph, attribute, only_consumer
+from graphfold.cleanup import Pair, pairs
+from graphfold.graph import Graph, attribute
 from graphfold.rewrite import Pass, Phase, Work, provenance
 
 
@@ -26,41 +26,33 @@ class MergeTransposes(Pass):
     phase: ClassVar[Phase] = Phase.FOLD
     order: ClassVar[int] = 5
 
-    def find(self, work: Work) -> Iterable[ir.Node]:
+    def find(self, work: Work) -> Iterable[Pair]:
         """Every Transpose that reads one."""
-        nodes = list(free_nodes(work, "Transpose"))
-        known = set(nodes)
-        return [node for node in nodes if _before(node) in known]
+        return pairs(work, "Transpose")
 
-    def label(self, candidate: ir.Node) -> str:
+    def label(self, candidate: Pair) -> str:
         """The second one's output tensor."""
-        return candidate.outputs[0].name or ""
+        return candidate.output
 
-    def check(self, work: Work, candidate: ir.Node) -> str | None:
+    def check(self, work: Work, candidate: Pair) -> str | None:
         """Refuse a first one that is needed elsewhere, and unknown ranks."""
-        first = _before(candidate)
-        assert first is not None
-        if only_consumer(first.outputs[0]) is None:
-            return f"{first.outputs[0].name!r} is needed elsewhere too"
-        if _composed(work.graph, first, candidate) is None:
+        first, second = candidate.first, candidate.second
+        reason = candidate.why_apart()
+        if reason is not None:
+            return reason
+        if _composed(work.graph, first, second) is None:
             return f"the rank of {first.outputs[0].name!r} is not known"
         return None
 
-    def rewrite(self, work: Work, candidate: ir.Node) -> None:
+    def rewrite(self, work: Work, candidate: Pair) -> None:
         """Let the second read what the first read, and move as both did."""
-        first = _before(candidate)
-        assert first is not None
-        composed = _composed(work.graph, first, candidate)
+        first, second = candidate.first, candidate.second
+        composed = _composed(work.graph, first, second)
         assert composed is not None
-        candidate.attributes["perm"] = ir.AttrInt64s("perm", composed)
-        candidate.replace_input_with(0, first.inputs[0])
-        candidate.metadata_props.update(provenance((first, candidate), self.name))
+        second.attributes["perm"] = ir.AttrInt64s("perm", composed)
+        second.replace_input_with(0, first.inputs[0])
+        second.metadata_props.update(provenance((first, second), self.name))
         work.graph.remove_dead([first])
-
-
-def _before(node: ir.Node) -> ir.Node | None:
-    source = node.inputs[0]
-    return None if source is None else source.producer()
 
 
 def _composed(graph: Graph, first: ir.Node, second: ir.Node) -> list[int] | None:
