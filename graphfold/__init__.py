@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from graphfold.calibration.latency import LatencyComparison
     from graphfold.calibration.planning import PlanResult
     from graphfold.calibration.profile import Profile
+    from graphfold.fitted import Fit, Fitted
     from graphfold.inspection import Inspection
     from graphfold.measures import LatencyTable
+    from graphfold.model import Model
     from graphfold.optimizer import Result
-    from graphfold.plan import PlanSource
+    from graphfold.plan import Plan, PlanSource
     from graphfold.rewrite import Progress
     from graphfold.verification import Verification
 
@@ -40,6 +42,7 @@ def optimize(
     latency: str | os.PathLike[str] | LatencyTable | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     inputs: Iterable[Mapping[str, NDArray[Any]]] | None = None,
+    data: Sequence[Mapping[str, NDArray[Any]]] | None = None,
     tolerance: float | None = None,
     verify: bool = True,
     require_verify: bool = False,
@@ -62,6 +65,7 @@ def optimize(
         latency: a latency table (see `profile`); it alone decides on loose merges it knows.
         input_shapes: sizes of inputs that the model leaves open, by name ("" for the only one).
         inputs: feeds by input name to verify on; random ones by default.
+        data: feeds by input name that segments with `weights: regress` are fitted on.
         tolerance: largest accepted error relative to max|y|.
         verify: compare the folded network with the plan's reference network.
         require_verify: fail where onnxruntime cannot run the model.
@@ -91,12 +95,24 @@ def optimize(
             latency=latency,
             input_shapes=input_shapes,
             inputs=inputs,
+            fit=None if data is None else _fit_on(data, allow_other_model, progress),
             tolerance=tolerance,
             verify=verify,
             require_verify=require_verify,
             strip_metadata=strip_metadata,
             progress=progress,
         )
+
+
+def _fit_on(
+    data: Sequence[Mapping[str, NDArray[Any]]], allow_other_model: bool, progress: Progress | None
+) -> Fit:
+    from graphfold.calibration.fitting import fit_plan
+
+    def fit(model: Model, plan: Plan) -> Fitted:
+        return fit_plan(model, plan, data, allow_other_model=allow_other_model, progress=progress)
+
+    return fit
 
 
 def inspect(model: Any, *, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Inspection:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from graphfold import __version__
 from graphfold.check import blaming
 from graphfold.errors import PlanError, UsageError, VerificationError
+from graphfold.fitted import Fit, Fitted, SegmentFit
 from graphfold.graph import Graph
 from graphfold.measures import LatencyTable, check_names, read_latency
 from graphfold.model import Model, compare_interfaces, load, to_proto
@@ -115,13 +116,17 @@ def optimize_model(
     latency: str | os.PathLike[str] | LatencyTable | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     inputs: Iterable[Mapping[str, NDArray[Any]]] | None = None,
+    fit: Fit | None = None,
     tolerance: float | None = None,
     verify: bool = True,
     require_verify: bool = False,
     strip_metadata: bool = False,
     progress: Progress | None = None,
 ) -> Result:
-    """Apply a plan to a loaded model, fold, verify; see `graphfold.optimize`."""
+    """Apply a plan to a loaded model, fold, verify; see `graphfold.optimize`.
+
+    `fit` fits a plan's segments on data, where it has such.
+    """
     if require_verify and not verify:
         raise UsageError("verify=False contradicts require_verify")
     with blaming(lambda: to_proto(source)):
@@ -136,6 +141,7 @@ def optimize_model(
             latency=latency,
             input_shapes=input_shapes,
             inputs=inputs,
+            fit=fit,
             tolerance=tolerance,
             verify=verify,
             require_verify=require_verify,
@@ -156,6 +162,7 @@ def _optimize(
     latency: str | os.PathLike[str] | LatencyTable | None,
     input_shapes: Mapping[str, Sequence[int]] | None,
     inputs: Iterable[Mapping[str, NDArray[Any]]] | None,
+    fit: Fit | None,
     tolerance: float | None,
     verify: bool,
     require_verify: bool,
@@ -164,7 +171,13 @@ def _optimize(
 ) -> Result:
     clock = _Clock()
     chosen = select_passes(passes, skip_passes)
-    parsed = None if plan is None else read_plan(plan)
+    stated = None if plan is None else read_plan(plan)
+    parsed, original = stated, source
+    fits: tuple[SegmentFit, ...] = ()
+    if stated is not None and stated.is_fitted:
+        with clock.stage("fit", progress):
+            fitted = _fitted(source, stated, plan, fit)
+        source, parsed, fits = fitted.model, fitted.plan, fitted.fits
     with clock.stage("reference", progress):
         reference = _located(plan, source, parsed, chosen, allow_other_model, progress)
     with clock.stage("fold", progress):
@@ -203,18 +216,39 @@ def _optimize(
             blaming(lambda: to_proto(source)),
         ):
             return _report(
-                source,
+                original,
                 reference,
                 folded,
                 plan,
-                parsed,
+                stated,
                 statistics,
                 verification,
                 clock,
                 input_shapes,
+                fits,
             )
 
     return Result(folded, reference.model, gather)
+
+
+def _fitted(source: Model, plan: Plan, given: PlanSource | None, fit: Fit | None) -> Fitted:
+    """The model with the plan's fitted segments in place.
+
+    Raises:
+        UsageError: there is no data to fit on.
+        PlanError: segments that cannot be fitted.
+    """
+    if fit is None:
+        raise UsageError(
+            "the plan has fitted segments (weights: regress), which need data",
+            hint="--data gives calibration inputs",
+        )
+    try:
+        return fit(source, plan)
+    except PlanError as error:
+        if isinstance(given, (str, os.PathLike)):
+            raise PlanError(error.problems, where=str(given)) from None
+        raise
 
 
 def _prices(latency: str | os.PathLike[str] | LatencyTable, reference: Reference) -> Prices:
@@ -337,6 +371,7 @@ def _report(
     verification: Verification | None,
     clock: _Clock,
     input_shapes: Mapping[str, Sequence[int]] | None,
+    fits: tuple[SegmentFit, ...],
 ) -> Report:
     every = [*reference.statistics, *statistics]
     known = reference.graph if reference.model is source else source
@@ -355,6 +390,7 @@ def _report(
         version=__version__,
         input_shapes=input_shapes,
         warnings=(*reference.warnings, *_costlier_segments(statistics)),
+        fits=fits,
     )
 
 
@@ -383,7 +419,13 @@ def verify_models(
     if plan is None:
         planned = f"{METADATA_PREFIX}plan" in b.ir.metadata_props
         return compare(a, b, folds=() if planned else folds, **options)
-    reference = _located(plan, a, read_plan(plan), select_passes(), allow_other_model, None)
+    parsed = read_plan(plan)
+    if parsed.is_fitted:
+        raise UsageError(
+            "the plan has fitted segments: what they are depends on data, which is not here",
+            hint="verify against what `optimize --reference-out` writes",
+        )
+    reference = _located(plan, a, parsed, select_passes(), allow_other_model, None)
     return compare(reference.model, b, folds=folds, original=a, **options)
 
 

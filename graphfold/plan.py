@@ -83,6 +83,11 @@ class Segment(_Strict):
         default=None, description="for segments that hold a GroupNorm"
     )
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether its weights come from data."""
+        return self.weights == "regress"
+
 
 class AddedActivation(_Strict):
     """A free activation after a tensor that no segment ends at."""
@@ -147,6 +152,11 @@ class Plan(_Strict):
     objective: dict[str, Any] | None = Field(
         default=None, description="what the plan was made for; informative"
     )
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether any of its weights come from data."""
+        return any(segment.is_fitted for segment in self.segments)
 
     @property
     def digest(self) -> str:
@@ -305,10 +315,10 @@ def _contradictions(plan: Plan) -> Iterable[Problem]:
 def _segment_contradictions(path: str, segment: Segment) -> Iterable[Problem]:
     if segment.input == segment.output:
         yield Problem(path, f"starts and ends at the same tensor {segment.input!r}")
-    if segment.weights == "regress" or segment.family in ("low_rank", "narrow"):
-        yield Problem(
-            f"{path}.weights", "fitted segments are not available in this version", "use merge"
-        )
+    if segment.is_fitted:
+        yield from _fitted_contradictions(path, segment)
+    elif segment.family in ("low_rank", "narrow"):
+        yield Problem(f"{path}.weights", f"family {segment.family} is fitted: say regress")
     elif segment.boundary is None and segment.family != "identity":
         yield Problem(f"{path}.boundary", "is required for weights: merge", "exact or hoist")
     if segment.norm is not None:
@@ -319,6 +329,25 @@ def _segment_contradictions(path: str, segment: Segment) -> Iterable[Problem]:
         yield Problem(f"{path}.width", "belongs to family: narrow")
     for key in ("remove_activations", "remove_convs"):
         yield from _repeated(f"{path}.{key}", getattr(segment, key) or [])
+
+
+def _fitted_contradictions(path: str, segment: Segment) -> Iterable[Problem]:
+    if segment.family == "identity":
+        yield Problem(f"{path}.weights", "what is dropped has no weights", "leave weights out")
+    for key in ("boundary", "activation", "remove_activations", "norm"):
+        if getattr(segment, key) is not None:
+            yield Problem(f"{path}.{key}", "belongs to weights: merge")
+    if segment.remove_convs:
+        yield Problem(f"{path}.remove_convs", "belongs to weights: merge")
+    if segment.family == "narrow":
+        if segment.width is None:
+            yield Problem(f"{path}.width", "is required for family: narrow")
+        if segment.kernel is not None:
+            yield Problem(f"{path}.kernel", "narrow keeps the kernels that are there")
+    elif segment.kernel is None and segment.family != "pointwise":
+        yield Problem(f"{path}.kernel", "is required for weights: regress")
+    if segment.family == "low_rank" and segment.rank is None:
+        yield Problem(f"{path}.rank", "is required for family: low_rank")
 
 
 def _repeated(path: str, names: list[str]) -> Iterable[Problem]:

@@ -53,7 +53,7 @@ def build_reference(
         return Reference(model, Graph(model, shapes), (), ())
     copy = model.clone()
     graph = Graph(copy, shapes)
-    warnings = tuple(_check_digest(model, plan, allow_other_model))
+    warnings = tuple(check_digest(model, plan, allow_other_model))
     resolved = resolve_plan(graph, plan)
     dropped = [segment for segment in resolved.segments if segment.spec.family == "identity"]
     work = Work(graph, resolved)
@@ -87,7 +87,12 @@ def _names(resolved: ResolvedPlan) -> tuple[SegmentNames, ...]:
     )
 
 
-def _check_digest(model: Model, plan: Plan, allow_other_model: bool) -> Sequence[str]:
+def check_digest(model: Model, plan: Plan, allow_other_model: bool) -> Sequence[str]:
+    """Warnings about a plan that was made for another model.
+
+    Raises:
+        PlanError: it was, and that is not allowed.
+    """
     stated = plan.model.sha256 if plan.model is not None else None
     if stated is None:
         return ()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphfold import tables
 from graphfold.cost import Cost, Totals, analyze
+from graphfold.fitted import SegmentFit, fits_json, fits_table
 from graphfold.graph import Graph
 from graphfold.tables import Table, make_table
 
@@ -119,6 +120,7 @@ class Report:
         seconds: time per stage.
         block_changes: cost per block of the input, before and after.
         warnings: for the user, in order.
+        fits: segments whose weights come from data.
     """
 
     model: str | None
@@ -135,6 +137,7 @@ class Report:
     seconds: dict[str, float]
     block_changes: tuple[BlockChange, ...] = ()
     warnings: tuple[str, ...] = ()
+    fits: tuple[SegmentFit, ...] = ()
 
     def op_counts(self) -> dict[str, tuple[int, int]]:
         """Nodes per operator, before and after, most frequent first."""
@@ -170,6 +173,7 @@ class Report:
             "peak_activation_bytes": _pair(before.peak_bytes, after.peak_bytes),
             "traffic_bytes": _pair(before.traffic_bytes, after.traffic_bytes),
             "unknown_sizes": list(before.unknown),
+            "fits": fits_json(self.fits),
             "folds": [self._fold_json(fold) for fold in self.folds],
             "skipped": [
                 {"site": skip.site, "reason": skip.reason, "pass": skip.pass_name}
@@ -212,7 +216,8 @@ class Report:
 
     def tables(self) -> list[Table]:
         """All tables of the report; those without rows are left out."""
-        found = [self._summary(), self._folds(), self._skipped(), self._passes()]
+        found = [self._summary(), fits_table(self.fits), self._folds(), self._skipped()]
+        found.append(self._passes())
         if self.verification is not None and self.verification.outputs:
             found.append(verification_table(self.verification))
         return [table for table in found if table.rows]
@@ -378,6 +383,7 @@ def build_report(
     version: str = "",
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     warnings: Sequence[str] = (),
+    fits: tuple[SegmentFit, ...] = (),
 ) -> Report:
     """Gather a report.
 
@@ -396,6 +402,7 @@ def build_report(
         version: of graphfold.
         input_shapes: sizes for the cost figures where the model leaves them open.
         warnings: for the user; the verification's own are added.
+        fits: segments whose weights come from data.
     """
     if not isinstance(before, Snapshot):
         before = snapshot(before, input_shapes=input_shapes)
@@ -407,6 +414,7 @@ def build_report(
         output=output,
         plan=plan,
         plan_digest=plan_digest,
+        fits=fits,
         version=version,
         before=before,
         after=after,

@@ -1,0 +1,384 @@
+r"""Plans found in context: what each change costs in the network as it has become by then.
+
+Damages of changes alone do not add up: neighbours interact, and beyond a few of them the whole is
+two to four times the sum. Small steps do add up. So the search walks: from the present network it
+measures what every next change would cost (on images that nothing was fitted on, running only
+what lies behind the change), takes the cheapest set of changes that wins the next few per cent
+of latency (an exact choice of one alternative for each place), and goes on from the network that
+results. Every step is one point of the frontier, measured as a whole.
+
+What was far too dear in one round is not looked at in the next ones: costs grow slowly, so
+little is missed, and most of the time is saved.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from graphfold.calibration.capture import Feeds, extract, run_part, tensor_types
+from graphfold.calibration.judge import Judge, Verdict
+from graphfold.calibration.nodetimes import NodeTimes, step_of
+from graphfold.calibration.workbench import Key, Progress, Replacement, State, Workbench
+from graphfold.graph import consumers
+from graphfold.model import to_proto
+
+# Share of the latency that one step wins, and of a place's channels that one change takes.
+_STEP = 0.06
+_CHANNELS = 0.08
+# A change that cost so many times what was paid per millisecond is passed over for some rounds.
+_DEAR = 3.0
+_PASSED_OVER = 3
+_MEMORY = 1 << 30
+_MOST_POINTS = 2000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network on the way.
+
+    Attributes:
+        state: its replacements.
+        latency: predicted, in milliseconds.
+        speedup: predicted, over the network as it is.
+        verdict: measured on images that were not fitted on.
+        predicted_damage: of the step before it, summed.
+    """
+
+    state: State
+    latency: float
+    speedup: float
+    verdict: Verdict
+    predicted_damage: float
+
+
+@dataclass(frozen=True)
+class _Move:
+    """One change of the present network."""
+
+    key: Key
+    replacement: Replacement
+    gain: float
+    damage: float = 0.0
+
+
+class Context:
+    """Networks judged on held-back inputs, from any place on.
+
+    Args:
+        bench: the network and what was fitted.
+        feeds: inputs that nothing was fitted on.
+        labels: of their samples, where known.
+        threads: of onnxruntime.
+        memory: bytes of captured tensors that are kept.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        feeds: Feeds,
+        labels: NDArray[Any] | None = None,
+        *,
+        threads: int = 0,
+        memory: int = _MEMORY,
+    ) -> None:
+        self.bench = bench
+        self.feeds = feeds
+        self.threads = threads
+        self._memory = memory
+        self._types = tensor_types(bench.graph)
+        run = run_part(to_proto(bench.model), threads)
+        self.judge = Judge([run(feed) for feed in feeds], labels)
+        self._borders: dict[Key, list[str]] = {}
+
+    def verdict(self, state: State) -> Verdict:
+        """A network as a whole."""
+        run = run_part(self.bench.build(state), self.threads)
+        return self.judge.verdict([run(feed) for feed in self.feeds])
+
+    def border(self, key: Key) -> list[str]:
+        """Tensors that everything behind a place is computed from, the place included."""
+        if key not in self._borders:
+            self._borders[key] = sorted(_border(self.bench, key))
+        return self._borders[key]
+
+    def damages(
+        self, state: State, moves: Sequence[tuple[Key, Replacement]], progress: Progress | None
+    ) -> list[float]:
+        """Mean damage of networks that differ from `state` in one place each."""
+        sums = np.zeros(len(moves))
+        samples = 0
+        names = sorted({name for key, _ in moves for name in self.border(key)})
+        whole = self.bench.build(state)
+        run = run_part(_with_outputs(whole, names), self.threads)
+        parts: dict[tuple[Key, Replacement], onnx.ModelProto] = {}
+        done = 0
+        for number, captured in self._chunks(run, names):
+            for index, (key, replacement) in enumerate(moves):
+                if progress is not None:
+                    progress("measuring damage", done, 0)
+                done += 1
+                part = parts.get((key, replacement))
+                if part is None:
+                    changed = self.bench.build({**state, key: replacement})
+                    part = extract(changed, self.border(key), self.judge.outputs, self._types)
+                behind = run_part(part, self.threads)
+                for offset, tensors in enumerate(captured):
+                    found = self.judge.damages(number + offset, behind(tensors))
+                    sums[index] += float(found.sum())
+            samples += sum(len(next(iter(each.values()))) for each in captured)
+        return list(sums / max(1, samples))
+
+    def _chunks(
+        self, run: Any, names: Sequence[str]
+    ) -> Iterable[tuple[int, list[dict[str, NDArray[Any]]]]]:
+        """Captured tensors of as many feeds as memory holds, with the number of the first."""
+        chunk: list[dict[str, NDArray[Any]]] = []
+        size, first = 0, 0
+        for number, feed in enumerate(self.feeds):
+            tensors = run(feed)
+            kept = {name: tensors[name] if name in tensors else feed[name] for name in names}
+            bytes_of = sum(each.nbytes for each in kept.values())
+            if chunk and size + bytes_of > self._memory:
+                yield first, chunk
+                chunk, size, first = [], 0, number
+            chunk.append(kept)
+            size += bytes_of
+        if chunk:
+            yield first, chunk
+
+
+def _with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    present = {item.name for item in (*proto.graph.output, *proto.graph.input)}
+    proto.graph.output.extend(
+        onnx.ValueInfoProto(name=name) for name in names if name not in present
+    )
+    return proto
+
+
+def _border(bench: Workbench, key: Key) -> Iterable[str]:
+    if key in bench.inner:
+        place = bench.inner[key]
+        heads = [cut.node for cut in place.cuts if cut.node in place.nodes]
+        heads.append(place.consumer)
+    else:
+        heads = list(bench.segments[key].nodes)
+    reached: set[ir.Node] = set()
+    waiting = heads
+    while waiting:
+        node = waiting.pop()
+        if node not in reached:
+            reached.add(node)
+            waiting.extend(reader for value in node.outputs for reader in consumers(value))
+    return {
+        value.name or ""
+        for node in reached
+        for value in node.inputs
+        if value is not None
+        and value.producer() not in reached
+        and not bench.graph.is_constant(value)
+    }
+
+
+class Search:
+    """Walks from the network as it is towards faster ones.
+
+    Args:
+        context: what networks are judged with.
+        times: what they are timed with.
+        families: what may be chosen: narrow, identity.
+    """
+
+    def __init__(
+        self, context: Context, times: NodeTimes, families: Sequence[str] = ("narrow", "identity")
+    ) -> None:
+        self.context = context
+        self.bench = context.bench
+        self.times = times
+        self._drops = smallest_drops(self.bench) if "identity" in families else []
+        self._narrows = "narrow" in families
+        self._dear: dict[tuple[Key, Replacement], int] = {}
+        self._round = 0
+        self._price: float | None = None
+        verdict = context.verdict({})
+        whole = times.whole
+        self.points = [Point({}, whole, 1.0, verdict, 0.0)]
+
+    @property
+    def present(self) -> Point:
+        """Where the walk has come to."""
+        return self.points[-1]
+
+    def step(self, latency: float, progress: Progress | None = None) -> bool:
+        """Go on to a network of at most this latency, if it is not more than one step away.
+
+        Returns:
+            whether there was anything to change.
+        """
+        state, present = self.present.state, self.present
+        wanted = present.latency - max(latency, present.latency * (1 - _STEP))
+        moves = self._moves(state)
+        if not moves:
+            return False
+        damages = self.context.damages(
+            state, [(move.key, move.replacement) for move in moves], progress
+        )
+        base = present.verdict.damage
+        moves = [
+            _Move(move.key, move.replacement, move.gain, damage - base)
+            for move, damage in zip(moves, damages, strict=True)
+        ]
+        chosen = cheapest(self._alternatives(moves), wanted)
+        self._remember(moves, chosen)
+        found = dict(state)
+        for move in chosen:
+            found[move.key] = move.replacement
+            if move.replacement.family == "identity":
+                for key in self._inside(move.key):
+                    found.pop(key, None)
+        verdict = self.context.verdict(found)
+        after = self.times.predict(found)
+        predicted = base + sum(move.damage for move in chosen)
+        self.points.append(Point(found, after, self.times.whole / after, verdict, predicted))
+        self._round += 1
+        return bool(chosen)
+
+    def _moves(self, state: State) -> list[_Move]:
+        dropped = [key for key, each in state.items() if each.family == "identity"]
+        gone = {inner for key in dropped for inner in self._inside(key)}
+        found = []
+        latency = self.present.latency
+        for key, replacement in itertools.chain(
+            self._narrower(state, gone) if self._narrows else (),
+            ((key, Replacement("identity")) for key in self._drops if key not in dropped),
+        ):
+            if self._dear.get((key, replacement), -1) > self._round:
+                continue
+            changed = {k: v for k, v in state.items() if k not in self._inside(key)}
+            changed[key] = replacement
+            gain = latency - self.times.predict(changed)
+            if gain > 0:
+                found.append(_Move(key, replacement, gain))
+        return found
+
+    def _narrower(self, state: State, gone: set[Key]) -> Iterable[tuple[Key, Replacement]]:
+        for key, place in self.bench.inner.items():
+            if key in gone or not self.bench.has_moments(key):
+                continue
+            present = state.get(key)
+            width = place.channels if present is None else present.width or 0
+            step = step_of(place.channels)
+            amount = max(1, round(place.channels * _CHANNELS / step)) * step
+            for factor in (1, 2):
+                target = (width - factor * amount + step - 1) // step * step
+                if target >= step:
+                    yield key, Replacement("narrow", target)
+
+    def _inside(self, key: Key) -> list[Key]:
+        """Inner channels that lie in a segment."""
+        if key not in self._drops:
+            return []
+        nodes = set(self.bench.segments[key].nodes)
+        return [each for each, place in self.bench.inner.items() if nodes.issuperset(place.nodes)]
+
+    def _alternatives(self, moves: Sequence[_Move]) -> list[list[_Move]]:
+        """Moves by place; a segment and the channels inside it exclude each other."""
+        owner: dict[Key, Key] = {}
+        for key in self._drops:
+            for inner in self._inside(key):
+                owner[inner] = key
+        groups: dict[Key, list[_Move]] = {}
+        for move in moves:
+            groups.setdefault(owner.get(move.key, move.key), []).append(move)
+        return list(groups.values())
+
+    def _remember(self, moves: Sequence[_Move], chosen: Sequence[_Move]) -> None:
+        """Pass over what was far dearer, per millisecond, than the dearest that was chosen."""
+        if not chosen:
+            return
+        price = max(move.damage / move.gain for move in chosen)
+        for move in moves:
+            if move.damage / move.gain > _DEAR * max(price, 0.0):
+                self._dear[move.key, move.replacement] = self._round + _PASSED_OVER
+
+    def walk(
+        self,
+        speedup: float,
+        *,
+        seconds: float | None = None,
+        progress: Progress | None = None,
+    ) -> Point:
+        """Walk until the predicted speedup is reached, nothing is left, or time is up."""
+        started = time.monotonic()
+        goal = self.times.whole / speedup
+        while self.present.latency > goal * (1 + 1e-9):
+            if seconds is not None and time.monotonic() - started > seconds:
+                break
+            if not self.step(goal, progress):
+                break
+        return self.present
+
+
+def smallest_drops(bench: Workbench) -> list[Key]:
+    """Segments that may be dropped and hold no other such segment."""
+    same = {key: set(each.nodes) for key, each in bench.segments.items() if each.same}
+    return [
+        key
+        for key, nodes in same.items()
+        if not any(other < nodes for name, other in same.items() if name != key)
+    ]
+
+
+def cheapest(groups: Iterable[Sequence[_Move]], wanted: float) -> list[_Move]:
+    """At most one move of every group, winning at least `wanted` at the least damage.
+
+    All of them that win most, where nothing wins as much.
+    """
+    front: list[tuple[float, float, tuple[_Move, ...]]] = [(0.0, 0.0, ())]
+    for group in groups:
+        grown = list(front)
+        for damage, gain, moves in front:
+            grown.extend((damage + move.damage, gain + move.gain, (*moves, move)) for move in group)
+        front = _pareto(grown)
+    enough = [each for each in front if each[1] >= wanted * (1 - 1e-9)]
+    if enough:
+        return list(min(enough, key=lambda each: (each[0], -each[1]))[2])
+    return list(max(front, key=lambda each: (each[1], -each[0]))[2])
+
+
+def _pareto(
+    entries: list[tuple[float, float, tuple[_Move, ...]]],
+) -> list[tuple[float, float, tuple[_Move, ...]]]:
+    """Of entries by damage and gain those that no other beats."""
+    entries.sort(key=lambda each: (-each[1], each[0]))
+    found = []
+    best = float("inf")
+    for entry in entries:
+        if entry[0] < best:
+            found.append(entry)
+            best = entry[0]
+    if len(found) > _MOST_POINTS:
+        # Neighbours of nearly the same gain stand for one another.
+        keep = max(1, len(found) // _MOST_POINTS + 1)
+        found = found[:1] + found[1:-1:keep] + found[-1:]
+    return found
+
+
+def as_json(state: Mapping[Key, Replacement]) -> list[dict[str, Any]]:
+    """Replacements for reports, in order."""
+    return [
+        {
+            "input": key[0],
+            "output": key[1],
+            **{name: value for name, value in vars(each).items() if value is not None},
+        }
+        for key, each in state.items()
+    ]

@@ -1,0 +1,133 @@
+"""Fitted segments of a plan: what `weights: regress` means on a model with calibration data.
+
+The model is folded losslessly first, fits are made there, and what they say is put into the model
+itself, where the rest of the plan is applied as ever. Same data, same plan: same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from graphfold.calibration.capture import Feeds
+from graphfold.calibration.channels import find_inner
+from graphfold.calibration.workbench import Key, Progress, Replacement, Workbench
+from graphfold.errors import PlanError, Problem
+from graphfold.fitted import Fitted, SegmentFit
+from graphfold.graph import Graph
+from graphfold.plan import Plan, Segment, nearest
+from graphfold.reference import check_digest
+
+if TYPE_CHECKING:
+    from graphfold.model import Model
+
+
+def fit_plan(
+    model: Model,
+    plan: Plan,
+    feeds: Feeds,
+    *,
+    allow_other_model: bool = False,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Fit a plan's segments on calibration inputs.
+
+    Args:
+        model: the model that the plan is for; not changed.
+        plan: with fitted segments.
+        feeds: calibration inputs.
+        allow_other_model: accept a plan made for another file.
+        threads: of onnxruntime.
+        progress: called with (stage, done, total).
+
+    Raises:
+        DataError: there are no inputs.
+        PlanError: segments that cannot be fitted; all of them.
+        RunError: onnxruntime cannot run the model.
+    """
+    from graphfold.optimizer import optimize_model
+
+    check_digest(model, plan, allow_other_model)
+    folded = optimize_model(model, None, verify=False).folded
+    bench = Workbench(folded)
+    copy = model.clone()
+    graph = Graph(copy)
+    state = _state(bench, graph, plan)
+    narrow = [key for key, each in state.items() if each.family == "narrow"]
+    kernels = {key: each.kernel or () for key, each in state.items() if each.family != "narrow"}
+    bench.collect(feeds, inner=narrow, segments=kernels, threads=threads, progress=progress)
+    bench.apply(graph, state)
+    fits = tuple(
+        SegmentFit(*key, str(each), bench.errors[key, each]) for key, each in state.items()
+    )
+    segments = [segment for segment in plan.segments if not segment.is_fitted]
+    rest = plan.model_copy(update={"segments": segments, "model": None})
+    return Fitted(copy, rest, fits)
+
+
+def _state(bench: Workbench, graph: Graph, plan: Plan) -> dict[Key, Replacement]:
+    own = {place.key: place.channels for place in find_inner(graph)}
+    problems: list[Problem] = []
+    state: dict[Key, Replacement] = {}
+    for number, segment in enumerate(plan.segments):
+        if not segment.is_fitted:
+            continue
+        key = (segment.input, segment.output)
+        path = f"segments[{number}]"
+        found = (
+            _narrow(bench, own, path, key, segment)
+            if segment.family == "narrow"
+            else _convolution(bench, path, key, segment)
+        )
+        if key in state:
+            found = Problem(path, f"another segment goes from {key[0]!r} to {key[1]!r}, too")
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            state[key] = found
+    if problems:
+        raise PlanError(problems)
+    return state
+
+
+def _narrow(
+    bench: Workbench, own: Mapping[Key, int], path: str, key: Key, segment: Segment
+) -> Replacement | Problem:
+    if key not in bench.inner or own.get(key) != bench.inner[key].channels:
+        what = f"there are no inner channels from {key[0]!r} to {key[1]!r}"
+        return Problem(path, what, _nearest_key(key, list(bench.inner)))
+    channels = bench.inner[key].channels
+    width = segment.width
+    if width is None:
+        return Problem(f"{path}.width", f"is required: fewer than {channels} channels")
+    if width >= channels:
+        return Problem(f"{path}.width", f"there are {channels} channels, {width} are not fewer")
+    return Replacement("narrow", width)
+
+
+def _convolution(bench: Workbench, path: str, key: Key, segment: Segment) -> Replacement | Problem:
+    place = bench.segments.get(key)
+    if place is None:
+        what = f"no segment of fixed sizes goes from {key[0]!r} to {key[1]!r}"
+        return Problem(path, what, _nearest_key(key, list(bench.segments)))
+    family = segment.family or "dense"
+    rank = len(place.stride)
+    kernel = (1,) * rank if family == "pointwise" else tuple(segment.kernel or ())
+    if len(kernel) != rank:
+        return Problem(f"{path}.kernel", f"is required: {rank} sizes")
+    if family == "depthwise" and place.channels[0] != place.channels[1]:
+        what = f"{place.channels[0]} channels become {place.channels[1]}: not depthwise"
+        return Problem(f"{path}.family", what)
+    if family == "low_rank" and segment.rank is None:
+        return Problem(f"{path}.rank", "is required for family: low_rank")
+    return Replacement(family, kernel=kernel, rank=segment.rank)
+
+
+def _nearest_key(key: Key, known: Sequence[Key]) -> str | None:
+    ends = [each for each in known if each[1] == key[1]] or [
+        each for each in known if each[0] == key[0]
+    ]
+    if ends:
+        return f"there is one from {ends[0][0]!r} to {ends[0][1]!r}"
+    return nearest(key[1], [each[1] for each in known])

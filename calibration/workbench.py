@@ -1,0 +1,514 @@
+"""A network and everything that may stand in its place, fitted once: what searches work on.
+
+Places are where something can be replaced: inner channels (`narrow`), and segments, which a single
+convolution or nothing at all may replace. Moments of all of them are gathered while calibration
+inputs run through the network once (or a few times, where memory does not hold all at once).
+Then any combination of replacements is built in a moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from graphfold.calibration.capture import (
+    Feeds,
+    Window,
+    captured,
+    choose_places,
+    patches,
+    window_of,
+)
+from graphfold.calibration.channels import (
+    Inner,
+    bias_vector,
+    cut_channels,
+    find_inner,
+    weight_matrix,
+)
+from graphfold.calibration.narrow import Narrowing, narrow, weights_for
+from graphfold.calibration.regression import (
+    Matrix,
+    Moments,
+    fit_groups,
+    fit_linear,
+    fit_low_rank,
+)
+from graphfold.candidates import Candidate, find_candidates
+from graphfold.errors import DataError
+from graphfold.graph import Graph
+from graphfold.model import to_proto
+from graphfold.plan import Family
+
+if TYPE_CHECKING:
+    from graphfold.model import Model
+
+Key = tuple[str, str]
+Progress = Callable[[str, int, int], None]
+
+# Positions of every image that enter the moments: more of one image tell little that is new.
+PER_IMAGE = 48
+RIDGE = 1e-3
+# Rows per feature beyond which more positions do not help.
+_ROWS_PER_FEATURE = 16
+_MEMORY = 2 << 30
+_LARGEST_FEATURES = 5000
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What stands in a place instead of the network's own operators.
+
+    Attributes:
+        family: narrow keeps the operators and fewer channels; identity is nothing at all.
+        width: channels left, for narrow.
+        kernel: of the convolution, one entry per spatial axis.
+        rank: for low_rank.
+    """
+
+    family: Family
+    width: int | None = None
+    kernel: tuple[int, ...] | None = None
+    rank: int | None = None
+
+    def __str__(self) -> str:
+        if self.family == "narrow":
+            return f"narrow to {self.width}"
+        if self.family == "identity":
+            return "dropped"
+        size = "x".join(map(str, self.kernel or ()))
+        rank = "" if self.rank is None else f" of rank {self.rank}"
+        return f"{self.family} {size}{rank}"
+
+
+State = Mapping[Key, Replacement]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the network with one tensor in and one out, that one convolution may replace.
+
+    Attributes:
+        input, output: its ends.
+        nodes: inside.
+        stride: of input over output, per axis; empty for tensors without spatial axes.
+        same: whether both ends have the same shape.
+    """
+
+    input: ir.Value
+    output: ir.Value
+    nodes: tuple[ir.Node, ...] = field(repr=False)
+    stride: tuple[int, ...]
+    channels: tuple[int, int]
+    sizes: tuple[tuple[int, ...], tuple[int, ...]]
+    same: bool
+
+    @property
+    def key(self) -> Key:
+        """Its ends, as plans name them."""
+        return self.input.name or "", self.output.name or ""
+
+    def window(self, kernel: Sequence[int]) -> Window:
+        """Where a convolution of this kernel reads, centred as padding SAME is."""
+        begins, ends = [], []
+        for size, result, taps, stride in zip(*self.sizes, kernel, self.stride, strict=True):
+            total = max(0, (result - 1) * stride + taps - size)
+            begins.append(total // 2)
+            ends.append(total - total // 2)
+        ones = (1,) * len(self.stride)
+        return Window(tuple(kernel), self.stride, ones, tuple(begins), tuple(ends))
+
+
+class Workbench:
+    """A network, its places, and what was fitted for them.
+
+    Args:
+        model: folded losslessly; not changed.
+        named: ends that plans may name; others are left out. All by default.
+
+    Attributes:
+        graph: of the model.
+        inner: inner channels by their ends.
+        segments: segments by their ends.
+    """
+
+    def __init__(self, model: Model, named: Callable[[Key], bool] | None = None) -> None:
+        self.model = model
+        self.graph = Graph(model)
+        self._named = named or (lambda _: True)
+        self.inner = {each.key: each for each in find_inner(self.graph) if self._named(each.key)}
+        self.segments = {each.key: each for each in _segments(self.graph) if self._named(each.key)}
+        self._moments: dict[Key, Moments] = {}
+        self._largest: dict[Key, tuple[int, ...]] = {}
+        self._narrowings: dict[Key, Narrowing] = {}
+        self._fits: dict[tuple[Key, Replacement], tuple[NDArray[np.float32], ...]] = {}
+        self.errors: dict[tuple[Key, Replacement], float] = {}
+
+    # Moments ------------------------------------------------------------------------------
+
+    def collect(
+        self,
+        feeds: Feeds,
+        *,
+        inner: Iterable[Key] | None = None,
+        segments: Mapping[Key, tuple[int, ...]] | None = None,
+        threads: int = 0,
+        memory: int = _MEMORY,
+        progress: Progress | None = None,
+    ) -> None:
+        """Gather moments of places on calibration inputs.
+
+        Args:
+            feeds: the inputs; walked through once for every part that memory holds.
+            inner: inner channels, all by default.
+            segments: segments, with the largest kernel that is to be fitted; none by default.
+            threads: of onnxruntime.
+            memory: bytes that moments and captured tensors may take together.
+            progress: called with (stage, done, total).
+
+        Raises:
+            DataError: no inputs.
+            RunError: onnxruntime cannot run the model.
+        """
+        if not len(feeds):
+            raise DataError("there are no inputs to fit on", hint="give more data")
+        jobs = [
+            self._inner_job(self.inner[key]) for key in (self.inner if inner is None else inner)
+        ]
+        jobs += [self._segment_job(self.segments[key], k) for key, k in (segments or {}).items()]
+        jobs = [job for job in jobs if job.features <= _LARGEST_FEATURES]
+        parts = list(_parts(jobs, memory // 2))
+        for number, part in enumerate(parts):
+            stage = "gathering moments" + (f" {number + 1}/{len(parts)}" if len(parts) > 1 else "")
+            self._collect(part, feeds, threads, stage, progress)
+
+    def _inner_job(self, place: Inner) -> _Job:
+        shape = self.graph.shape(place.read) or ()
+        weight = weight_matrix(self.graph, place.consumer)
+        window = window_of(self.graph, place.consumer, _fixed(shape[2:]))
+        return _Job(place.key, place.read.name or "", window, weight.shape[1])
+
+    def _segment_job(self, place: Segment, kernel: tuple[int, ...]) -> _Job:
+        window = place.window(kernel)
+        self._largest[place.key] = kernel
+        features = place.channels[0] * max(1, window.taps)
+        target = place.output.name or ""
+        return _Job(place.key, place.input.name or "", window, features, target, place.channels[1])
+
+    def _collect(
+        self,
+        jobs: Sequence[_Job],
+        feeds: Feeds,
+        threads: int,
+        stage: str,
+        progress: Progress | None,
+    ) -> None:
+        rng = np.random.default_rng(_SEED)
+        moments = [Moments(job.features, job.targets) for job in jobs]
+        names = list(dict.fromkeys(name for job in jobs for name in (job.read, job.target) if name))
+        samples = sum(len(next(iter(feed.values()))) for feed in feeds)
+        for number, tensors in enumerate(captured(self.model, names, feeds, threads=threads)):
+            if progress is not None:
+                progress(stage, number, len(feeds))
+            for job, own in zip(jobs, moments, strict=True):
+                job.add_to(own, tensors, samples, rng)
+        for job, own in zip(jobs, moments, strict=True):
+            self._moments[job.key] = own
+
+    # Fits ---------------------------------------------------------------------------------
+
+    def narrowing(self, key: Key) -> Narrowing:
+        """The order in which inner channels go."""
+        if key not in self._narrowings:
+            place = self.inner[key]
+            weight = weight_matrix(self.graph, place.consumer)
+            columns = weight.shape[1] // place.channels
+            self._narrowings[key] = narrow(self._moments[key].gram, weight, columns)
+        return self._narrowings[key]
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Order the channels of every place whose moments are there."""
+        keys = [key for key in self.inner if key in self._moments]
+        for number, key in enumerate(keys):
+            if progress is not None:
+                progress("ordering channels", number, len(keys))
+            self.narrowing(key)
+
+    def has_moments(self, key: Key) -> bool:
+        """Whether anything can be fitted for a place."""
+        return key in self._moments
+
+    def narrowed(
+        self, key: Key, width: int, weight: Matrix, bias: Matrix
+    ) -> tuple[NDArray[np.intp], Matrix, Matrix]:
+        """Channels that stay and new weights for a consumer with these weights.
+
+        The layer may be the network's own before its normalisation was folded: rows that are
+        scaled have solutions that are scaled alike.
+        """
+        kept = self.narrowing(key).kept(width)
+        columns = weight.shape[1] // self.inner[key].channels
+        gram = self._moments[key].gram
+        return kept, *weights_for(gram, weight, bias, kept, columns, ridge=RIDGE)
+
+    def _fit(self, key: Key, replacement: Replacement) -> tuple[NDArray[np.float32], ...]:
+        """Arrays of a replacement in the network's precision, kept once computed."""
+        known = self._fits.get((key, replacement))
+        if known is not None:
+            return known
+        if replacement.family == "narrow":
+            place, width = self.inner[key], replacement.width or 0
+            weight = weight_matrix(self.graph, place.consumer)
+            bias = bias_vector(self.graph, place.consumer, len(weight))
+            kept, *arrays = self.narrowed(key, width, weight, bias)
+            found = (kept.astype(np.float32), *(each.astype(np.float32) for each in arrays))
+            self.errors[key, replacement] = self.narrowing(key).error(width)
+        else:
+            arrays, error = self.convolution(key, replacement)
+            found = tuple(each.astype(np.float32) for each in arrays)
+            self.errors[key, replacement] = error
+        self._fits[key, replacement] = found
+        return found
+
+    def convolution(self, key: Key, replacement: Replacement) -> tuple[list[Matrix], float]:
+        """The arrays of a fitted convolution, and its relative error.
+
+        Returns:
+            weight [out, in / groups, *kernel] and bias [out]; for low_rank the first weight, the
+            second [out, rank, 1...] and the bias.
+        """
+        place = self.segments[key]
+        kernel = replacement.kernel or ()
+        moments = self._moments[key].part(_sub_taps(place.channels[0], self._largest[key], kernel))
+        shape = (place.channels[1], -1, *kernel)
+        if replacement.family == "low_rank":
+            second, fit = fit_low_rank(moments, replacement.rank or 1, RIDGE)
+            ones = (1,) * len(kernel)
+            first = fit.weight.reshape(len(fit.weight), -1, *kernel)
+            return [first, second.reshape(*second.shape, *ones), fit.bias], fit.error
+        if replacement.family == "depthwise":
+            fit = fit_groups(moments, place.channels[0], RIDGE)
+        else:
+            fit = fit_linear(moments, RIDGE)
+        return [fit.weight.reshape(shape), fit.bias], fit.error
+
+    # Networks -----------------------------------------------------------------------------
+
+    def build(self, state: State) -> onnx.ModelProto:
+        """The network with replacements, without shapes of inner tensors."""
+        model = self.model.clone()
+        graph = Graph(model, dict(self.graph.shapes))
+        self.apply(graph, state, own=True)
+        proto = to_proto(model)
+        del proto.graph.value_info[:]
+        return proto
+
+    def apply(self, graph: Graph, state: State, *, own: bool = False) -> None:
+        """Put replacements in their places.
+
+        Args:
+            graph: of the network, or of the model it was folded from: edited in place.
+            state: what to put where.
+            own: the graph is a copy of the network's own, so what was fitted once is used again.
+        """
+        values = graph.values()
+        for key, replacement in state.items():
+            if replacement.family != "narrow":
+                arrays = () if replacement.family == "identity" else self._fit(key, replacement)
+                replace_segment(
+                    graph, values[key[0]], values[key[1]], self.segments[key], replacement, arrays
+                )
+        narrowed = {key for key, each in state.items() if each.family == "narrow"}
+        if not narrowed:
+            return
+        # In execution order: a layer's rows may be cut only after its columns were fitted.
+        for place in find_inner(graph):
+            if place.key in narrowed and place.channels == self.inner[place.key].channels:
+                kept, weight, bias = self._narrowed_in(graph, place, state[place.key], own)
+                cut_channels(graph, place, kept, weight, bias)
+
+    def _narrowed_in(
+        self, graph: Graph, place: Inner, replacement: Replacement, own: bool
+    ) -> tuple[NDArray[np.intp], Matrix, Matrix]:
+        if own:
+            kept, weight, bias = self._fit(place.key, replacement)
+            return kept.astype(np.intp), weight.astype(np.float64), bias.astype(np.float64)
+        matrix = weight_matrix(graph, place.consumer)
+        vector = bias_vector(graph, place.consumer, len(matrix))
+        self.errors[place.key, replacement] = self.narrowing(place.key).error(
+            replacement.width or 0
+        )
+        return self.narrowed(place.key, replacement.width or 0, matrix, vector)
+
+
+def replace_segment(
+    graph: Graph,
+    source: ir.Value,
+    output: ir.Value,
+    place: Segment,
+    replacement: Replacement,
+    arrays: Sequence[NDArray[Any]],
+) -> None:
+    """Put a convolution, two of them, or nothing between two tensors."""
+    old = output.producer()
+    assert old is not None
+    if replacement.family == "identity":
+        # The name stays: the network is looked into under its own names.
+        identity = ir.node("Identity", [source])
+        graph.ir.insert_before(old, identity)
+        graph.take_over(output, identity.outputs[0])
+        graph.remove_dead([old])
+        return
+    dtype = graph.dtype(source)
+    assert dtype is not None
+    typed = [each.astype(dtype.numpy()) for each in arrays]
+    window = place.window(replacement.kernel or ())
+    name = output.name or "segment"
+    value = source
+    if replacement.family == "low_rank":
+        first, second, bias = typed
+        value = _insert_conv(graph, old, value, name, first, None, window, 1)
+        value = _insert_conv(graph, old, value, name, second, bias, None, 1)
+    else:
+        weight, bias = typed
+        groups = place.channels[0] if replacement.family == "depthwise" else 1
+        value = _insert_conv(graph, old, value, name, weight, bias, window, groups)
+    graph.take_over(output, value)
+    graph.remove_dead([old])
+    graph.ir.sort()
+
+
+def _insert_conv(
+    graph: Graph,
+    before: ir.Node,
+    source: ir.Value,
+    name: str,
+    weight: NDArray[Any],
+    bias: NDArray[Any] | None,
+    window: Window | None,
+    groups: int,
+) -> ir.Value:
+    inputs = [source, graph.add_initializer(name, weight)]
+    if bias is not None:
+        inputs.append(graph.add_initializer(name, bias))
+    rank = weight.ndim - 2
+    attributes: dict[str, Any] = {"kernel_shape": list(weight.shape[2:]), "group": groups}
+    if window is not None:
+        attributes |= {
+            "strides": list(window.strides),
+            "pads": [*window.begins, *window.ends],
+            "dilations": [1] * rank,
+        }
+    node = ir.node("Conv", inputs, attributes)
+    graph.ir.insert_before(before, node)
+    node.outputs[0].name = graph.fresh_name(name)
+    return node.outputs[0]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Moments to be gathered for one place."""
+
+    key: Key
+    read: str
+    window: Window
+    features: int
+    target: str = ""
+    targets: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return 8 * (self.features + 1) * (self.features + 1 + self.targets)
+
+    def add_to(
+        self,
+        moments: Moments,
+        tensors: Mapping[str, NDArray[Any]],
+        samples: int,
+        rng: np.random.Generator,
+    ) -> None:
+        x = tensors[self.read]
+        y = tensors.get(self.target) if self.target else None
+        window = self.window
+        sizes = [
+            (size + begin + end - (taps - 1) * dilation - 1) // stride + 1
+            for size, begin, end, taps, dilation, stride in zip(
+                x.shape[2:] if window.kernel else (),
+                window.begins,
+                window.ends,
+                window.kernel,
+                window.dilations,
+                window.strides,
+                strict=True,
+            )
+        ]
+        enough = -(-_ROWS_PER_FEATURE * self.features // samples)
+        places = choose_places(len(x), sizes, max(8, min(PER_IMAGE, enough)), rng)
+        targets = None
+        if y is not None:
+            index = (places[:, 0], slice(None), *places[:, 1:].T)
+            targets = y[index]
+        moments.add(patches(x, window, places), targets)
+
+
+def _parts(jobs: Sequence[_Job], limit: int) -> Iterator[list[_Job]]:
+    part: list[_Job] = []
+    size = 0
+    for job in jobs:
+        if part and size + job.bytes > limit:
+            yield part
+            part, size = [], 0
+        part.append(job)
+        size += job.bytes
+    if part:
+        yield part
+
+
+def _fixed(sizes: Sequence[Any]) -> list[int]:
+    return [size if isinstance(size, int) else 0 for size in sizes]
+
+
+def _sub_taps(channels: int, largest: Sequence[int], kernel: Sequence[int]) -> NDArray[np.intp]:
+    """Which features a smaller kernel, centred in the largest, has."""
+    index = np.arange(channels * math.prod(largest)).reshape(channels, *largest)
+    for axis, (large, small) in enumerate(zip(largest, kernel, strict=True)):
+        start = (large - small) // 2
+        index = np.take(index, np.arange(start, start + small), axis=axis + 1)
+    return index.ravel()
+
+
+def _segments(graph: Graph) -> Iterator[Segment]:
+    """Segments that something else may replace: with an activation inside, sizes fixed."""
+    for candidate in find_candidates(graph).found:
+        if candidate.activations or candidate.adds:
+            found = _segment(graph, candidate)
+            if found is not None:
+                yield found
+
+
+def _segment(graph: Graph, candidate: Candidate) -> Segment | None:
+    before, after = graph.shape(candidate.input), graph.shape(candidate.output)
+    if before is None or after is None or len(before) != len(after) or len(before) < 3:
+        return None
+    sizes = before[1:] + after[1:]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    spatial = (tuple(before[2:]), tuple(after[2:]))
+    stride = candidate.choices[0].stride if candidate.choices else ()
+    return Segment(
+        candidate.input,
+        candidate.output,
+        candidate.nodes,
+        tuple(stride),
+        (int(before[1] or 0), int(after[1] or 0)),
+        spatial,  # type: ignore[arg-type]
+        before[1:] == after[1:],
+    )
