@@ -347,7 +347,8 @@ def _verify(
     epilog="Rounds of all models alternate, so that what disturbs one disturbs all. Ratios are "
     "medians over rounds, relative to A.\n\n"
     "Examples:\n\ngraphfold bench model.onnx model.folded.onnx\n\n"
-    "graphfold bench model.onnx --threads 4 --operators",
+    "graphfold bench model.onnx --threads 4 --operators\n\n"
+    "graphfold bench model.onnx model.folded.onnx --blocks",
 )
 def _bench(
     models: Annotated[list[str], typer.Argument(metavar="A [B ...]", help="ONNX files.")],
@@ -363,6 +364,16 @@ def _bench(
     ] = 10.0,
     operators: Annotated[
         bool, typer.Option("--operators", help="Also time each operator (onnxruntime's profiler).")
+    ] = False,
+    blocks: Annotated[
+        bool,
+        typer.Option(
+            "--blocks",
+            help="Also time the blocks of A (those of `graphfold inspect`), and what stands in "
+            "their places in B: where a speedup comes from, and where it does not. Blocks are "
+            "matched by tensor names, which folding keeps; what B merged across is one row. "
+            "Takes as long again.",
+        ),
     ] = False,
     data: DataOption = None,
     input_shape: ShapeOption = None,
@@ -388,6 +399,7 @@ def _bench(
             rounds=rounds,
             seconds=seconds,
             operators=operators,
+            blocks=blocks,
             progress=terminal.progress,
         )
         terminal.close()
