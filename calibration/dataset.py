@@ -192,12 +192,34 @@ def read_dataset(
     if path.suffix in (".npz", ".npy") or path.exists():
         return _from_file(path, source, tuple(inputs), limit)
     if ":" in source:
-        return Dataset(source, tuple(inputs), None, None, limit, None, lambda: _call(source))
+        return Dataset(source, tuple(inputs), None, None, limit, None, _repeatable(source))
     raise DataError(
         "no such file",
         where=source,
         hint="a folder of pictures, an .npz, an .npy or package.module:callable",
     )
+
+
+def _repeatable(source: str) -> Callable[[], Iterator[Item]]:
+    """What a callable yields, each time it is called; another beginning than before is an error."""
+    begun: set[str] = set()
+
+    def items() -> Iterator[Item]:
+        for number, item in enumerate(_call(source)):
+            if number == 0:
+                found = hashlib.sha256()
+                for name, value in sorted(item.items()):
+                    found.update(name.encode() + np.asarray(value).tobytes())
+                begun.add(found.hexdigest())
+                if len(begun) > 1:
+                    raise DataError(
+                        "yields other values than when it was called before",
+                        where=source,
+                        hint="data are read several times: give its random numbers a seed",
+                    )
+            yield item
+
+    return items
 
 
 def _from_folder(

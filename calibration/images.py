@@ -94,9 +94,15 @@ def open_image(file: Path) -> Image:
         with pillow.open(file) as image:
             image.load()
             upright: Image = _upright(image)
-            return upright
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"is no picture that can be read: {error}", where=str(file)) from None
+    if upright.mode.startswith(("I", "F")):
+        raise DataError(
+            f"has values of more than 8 bits (mode {upright.mode})",
+            where=str(file),
+            hint="convert it, or give an .npz",
+        )
+    return upright
 
 
 def _upright(image: Any) -> Any:

@@ -26,6 +26,7 @@ from graphfold.sites import Sites, find_sites
 
 # A block of more is read step by step: a U-Net between its outermost skips, a detector's heads.
 _MOST_CONVS = 8
+_STEP = "step"
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,7 @@ def _spans(
         spans.append(BlockSpan(source, cut.names[0], tuple(kinds), tuple(nodes)))
         source, kinds = cut.names[0], []
     graph = graphs[0]
-    last = blocks(graph)[-1:] if graph.ir.outputs else []
-    kinds += [block.kind for block in last]
+    kinds += [_kind(block, find_sites(graph)) for block in blocks(graph)[-1:]]
     behind = tuple(each.claim_outputs() for each in claims)
     if any(behind):
         spans.append(BlockSpan(source, graph.ir.outputs[0].name, tuple(kinds), behind))
@@ -122,11 +122,16 @@ def _cuts(graph: Graph) -> Iterator[_Cut]:
             for value in steps.inside(block):
                 if value not in seen:
                     seen.add(value)
-                    yield _cut(value, block.kind, sites)
+                    yield _cut(value, _STEP, sites)
         entry = None if following is None else _entry(graph, following, order)
         if entry is not None and entry not in seen:
             seen.add(entry)
-            yield _cut(entry, block.kind, sites)
+            yield _cut(entry, _kind(block, sites), sites)
+
+
+def _kind(block: Block, sites: Sites) -> str:
+    """What it is; of a large block only the last step is left."""
+    return _STEP if _is_large(block, sites) else block.kind
 
 
 def _is_large(block: Block, sites: Sites) -> bool:

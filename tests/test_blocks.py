@@ -88,6 +88,7 @@ def test_large_blocks_are_read_by_their_steps():
     build.op("Concat", x, first, axis=1, out="both", channels=16)
     found = spans(build.model(build.conv("both", 4, 1, out="y")))
     assert {f"step{number}" for number in range(8)} <= {each.output for each in found}
+    assert found[3].kinds == ("step",)
 
 
 def test_models_without_a_tensor_in_common_are_an_error():

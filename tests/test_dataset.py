@@ -107,6 +107,9 @@ def test_folders_that_are_no_data(classes, tmp_path):
     (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"a\.png: is no picture"):
         list(read_dataset(str(tmp_path / "broken"), NCHW, "raw").batches())
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "broken" / "a.png")
+    with pytest.raises(DataError, match="more than 8 bits"):
+        list(read_dataset(str(tmp_path / "broken"), NCHW, "raw").batches())
     with pytest.raises(DataError, match="model has 2"):
         read_dataset(str(tmp_path / "broken"), (*NCHW, *ROWS), "raw")
 
@@ -260,6 +263,7 @@ def test_what_a_callable_yields_is_joined_and_read_again(tmp_path, monkeypatch):
         "    for n in range(5):\n"
         "        yield {'x': np.full((1 + n % 2, 3), n), 'labels': np.full(1 + n % 2, n)}\n"
         "def none():\n    return []\n"
+        "def random():\n    yield {'x': np.random.default_rng().random((2, 3))}\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     dataset = read_dataset("own_samples:some", ROWS)
@@ -272,6 +276,10 @@ def test_what_a_callable_yields_is_joined_and_read_again(tmp_path, monkeypatch):
     assert [batch.labels.tolist() for batch in limited.batches(3)] == [[0, 1]]
     with pytest.raises(DataError, match="holds no samples"):
         list(read_dataset("own_samples:none", ROWS).batches())
+    other = read_dataset("own_samples:random", ROWS)
+    assert len(list(other.batches())) == 1
+    with pytest.raises(DataError, match="other values than when it was called before"):
+        list(other.batches())
     sys.modules.pop("own_samples")
 
 
