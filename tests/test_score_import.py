@@ -12,6 +12,7 @@ import pytest
 from fake_timer import faked, network
 
 from graphfold import planner
+from graphfold.calibration.planning import make_plan
 from graphfold.candidates import Candidates, find_candidates
 from graphfold.cli import main
 from graphfold.errors import MeasuresError, UsageError
@@ -20,6 +21,7 @@ from graphfold.measures import read_importance
 from graphfold.model import load
 from graphfold.published_segments import import_importance
 from graphfold.segments import main_path_convs
+from graphfold.shared_choices import shared_choices
 
 TABLES = Path(__file__).parent / "data" / "published_tables"
 COLUMNS = ("id", "st", "end", "ker", "str", "is_dw", "conv_comb", "val_loss", "val_acc")
@@ -70,6 +72,40 @@ def test_an_imported_table_joins_the_models_latencies(table: Path) -> None:
     assert max(point.speedup for point in points) > 1.0
     # Nothing changed: one term for each convolution, none for the Add.
     assert points[-1].importance == pytest.approx(6.0)
+
+
+def test_choices_that_a_table_lacks_cannot_be_made(tmp_path: Path) -> None:
+    """A published table without the stem still plans the rest."""
+    rows = [row for row in layer_merge_rows(1) if row[1] != 0]
+    imported = import_importance(
+        written(tmp_path / "i.csv", rows), load(network()), baseline=71.0
+    ).table
+    latencies = faked().table
+    fewer = latencies.model_copy(update={"rows": latencies.rows[:-1]})
+    with pytest.raises(MeasuresError):
+        planner.prepare(load(network()), fewer, imported)
+    timed, worth, warning = shared_choices(fewer, imported)
+    assert warning is not None
+    found = make_plan(load(network()), latency=fewer, importance=imported, frontier=True)
+    assert found.warnings == (warning,)
+    pairs = {(row.input, row.output) for row in worth.rows if not row.unchanged}
+    assert pairs == {(row.input, row.output) for row in timed.rows if not row.unchanged}
+    assert "x" not in {row.input for row in timed.rows if not row.unchanged}
+    assert [row for row in timed.rows if row.unchanged] == [
+        row for row in latencies.rows if row.unchanged
+    ]
+
+
+def test_tables_of_other_models_must_fit_whole(table: Path) -> None:
+    latencies = faked().table
+    imported = import_importance(table, load(network()), baseline=71.0).table
+    whole = shared_choices(latencies, imported)
+    assert whole == (latencies, imported, None)
+    other = imported.header.model_copy(update={"model": None})
+    fewer = imported.model_copy(update={"header": other, "rows": imported.rows[:-1]})
+    assert shared_choices(latencies, fewer) == (latencies, fewer, None)
+    few = imported.model_copy(update={"rows": imported.rows[:2]})
+    assert shared_choices(latencies, few) == (latencies, few, None)
 
 
 def test_rows_name_the_models_tensors(table: Path) -> None:
