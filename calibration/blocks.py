@@ -26,6 +26,7 @@ from graphfold.block_spans import BlockSpan, block_spans
 from graphfold.calibration.kernels import Profiled, interquartile_range, milliseconds
 from graphfold.errors import UsageError
 from graphfold.graph import Graph
+from graphfold.runtime import LARGEST_IN_MEMORY, weight_bytes
 from graphfold.tables import Table, make_table
 
 if TYPE_CHECKING:
@@ -147,14 +148,17 @@ def match_blocks(
     """The first model's blocks in all models: what `measure_blocks` is to measure.
 
     Raises:
-        UsageError: models without a tensor in common, or any provider but the CPU's: others only
-            queue work while the profiler watches.
+        UsageError: models without a tensor in common or over 2 GB, or any provider but the CPU's:
+            others only queue work while the profiler watches.
     """
     if provider != CPU:
         raise UsageError(
             f"times of blocks need {CPU}: {provider} only queues work while the profiler watches",
             hint="leave --blocks out, or --provider",
         )
+    for model, name in zip(models, names, strict=True):
+        if weight_bytes(model) > LARGEST_IN_MEMORY:
+            raise UsageError(f"{name} is over 2 GB: its blocks cannot be timed apart")
     return tuple(block_spans([Graph(model) for model in models], names))
 
 

@@ -193,3 +193,9 @@ def test_blocks_on_the_command_line(tmp_path, capfd):
 def test_other_providers_are_refused_before_anything_is_measured():
     with pytest.raises(UsageError, match="CPUExecutionProvider"):
         graphfold.bench([network()], provider="CUDAExecutionProvider", blocks=True)
+
+
+def test_models_over_two_gigabytes_are_refused(monkeypatch):
+    monkeypatch.setattr(blocks, "LARGEST_IN_MEMORY", 100)
+    with pytest.raises(UsageError, match="big is over 2 GB"):
+        graphfold.bench([network()], names=["big"], blocks=True)
