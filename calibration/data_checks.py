@@ -130,7 +130,7 @@ def _doubt_statistics(
         "values seem to be on another scale than the model was trained on: its first "
         f"normalisation, of {source.name if source is not None else ''!r}, was trained on a "
         f"standard deviation of {np.median(expected[alive]):.3g} and gets "
-        f"{np.median(real[alive]):.3g}, {factor:.2g} times as much (data: {ranges}); normalise "
+        f"{np.median(real[alive]):.3g}, {factor:.3g} times as much (data: {ranges}); normalise "
         "as in training (for pictures: --preprocess NAME)"
     )
 
