@@ -183,12 +183,12 @@ def all_kernels(runs: Sequence[Sequence[Mapping[str, Any]]]) -> float:
     times: defaultdict[str, list[float]] = defaultdict(list)
     for run in runs:
         for event in run:
-            times[str(event["name"])].append(_milliseconds(event))
+            times[str(event["name"])].append(milliseconds(event))
     return sum(undisturbed(values) for values in times.values())
 
 
-def _milliseconds(event: Mapping[str, Any]) -> float:
-    """Durations come cut to whole microseconds."""
+def milliseconds(event: Mapping[str, Any]) -> float:
+    """A kernel's duration, which comes cut to whole microseconds."""
     return float(event["dur"]) / 1000 + _HALF_MICROSECOND
 
 
@@ -211,7 +211,7 @@ def own_kernels(events: Sequence[Mapping[str, Any]]) -> dict[int, float]:
         else:
             foreign = "" if part[2] == "own" else part[2]
         if part is not None and part[2] != foreign:
-            times[int(part[1])] += _milliseconds(event)
+            times[int(part[1])] += milliseconds(event)
     return dict(times)
 
 

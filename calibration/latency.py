@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from graphfold.runtime import Runnable, Session
 from graphfold.tables import Table, make_table
 
 if TYPE_CHECKING:
+    from graphfold.calibration.blocks import BlockTimes
     from graphfold.model import Model
 
 LARGEST_SPREAD = 0.10
@@ -114,12 +116,15 @@ class LatencyComparison:
         models: in the order given; the first is what ratios refer to.
         environment: where and how: cpu, cores, onnxruntime, provider, threads, batch, inputs.
         rounds: number of alternating rounds.
+        warnings: for the user.
+        blocks: times of the first model's blocks in all models, where asked for.
     """
 
     models: tuple[ModelLatency, ...]
     environment: dict[str, Any]
     rounds: int
     warnings: tuple[str, ...] = field(default=())
+    blocks: BlockTimes | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON document of `bench --json`."""
@@ -128,10 +133,11 @@ class LatencyComparison:
             "environment": self.environment,
             "rounds": self.rounds,
             "warnings": list(self.warnings),
+            "blocks": None if self.blocks is None else self.blocks.to_json(),
         }
 
     def tables(self) -> list[Table]:
-        """Latencies, and times per operator where they were measured."""
+        """Latencies, and times per operator and per block where they were measured."""
         rows = [
             (
                 item.name,
@@ -148,6 +154,8 @@ class LatencyComparison:
         found = [make_table("Latency", columns, rows, note=note)]
         if any(item.operators for item in self.models):
             found.append(self._operators())
+        if self.blocks is not None:
+            found.append(self.blocks.table())
         return found
 
     def _operators(self) -> Table:
@@ -178,6 +186,7 @@ def compare(
     rounds: int = 20,
     seconds: float = 10.0,
     operators: bool = False,
+    blocks: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LatencyComparison:
@@ -195,16 +204,19 @@ def compare(
         rounds: alternating rounds.
         seconds: time to measure, all models together.
         operators: also time each operator, in sessions of their own.
+        blocks: also time the first model's blocks in all models, in sessions of their own and for
+            as long again; models are matched by tensor names.
         seed: of the random values.
         progress: called with (stage, done, total).
 
     Raises:
         RunError: onnxruntime cannot load or run one of the models.
-        UsageError: no models, or an unknown provider.
+        UsageError: no models, an unknown provider, or models without a block in common.
     """
     if not models:
         raise UsageError("no model to measure")
     labels = list(names) if names else [_label(model, i) for i, model in enumerate(models)]
+    block_timer = _block_timer(models, labels, provider) if blocks else None
     report = progress or _no_progress
     with contextlib.ExitStack() as stack:
         runnables = [stack.enter_context(Runnable(model)) for model in models]
@@ -224,6 +236,11 @@ def compare(
             _operator_times(runnable, feed, threads, provider) if operators else ()
             for runnable in runnables
         ]
+    found = (
+        block_timer(feed, threads=threads, rounds=rounds, seconds=seconds, progress=report)
+        if block_timer is not None
+        else None
+    )
     is_alone = threads == 1 and provider == "CPUExecutionProvider"
     measured = tuple(
         _summary(label, own, timings[0].rounds, nodes, own.cpu_share if is_alone else None)
@@ -234,7 +251,19 @@ def compare(
         environment=environment(threads, provider, feed),
         rounds=rounds,
         warnings=tuple(_warnings(measured)),
+        blocks=found,
     )
+
+
+def _block_timer(
+    models: Sequence[Model | Path | bytes], names: Sequence[str], provider: str
+) -> Callable[..., BlockTimes]:
+    """What measures the blocks that the models have in common, found before any measuring."""
+    from graphfold.calibration.blocks import match_blocks, measure_blocks
+    from graphfold.optimizer import load_any
+
+    loaded = [load_any(model) for model in models]
+    return partial(measure_blocks, loaded, names, match_blocks(loaded, names, provider))
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:

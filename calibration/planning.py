@@ -23,6 +23,7 @@ from graphfold.model import digest
 from graphfold.plan import ModelReference, Plan
 from graphfold.planner import Planning, Point, prepare, spread_over
 from graphfold.plot import Series, scatter
+from graphfold.shared_choices import shared_choices
 from graphfold.solver import Solution
 from graphfold.tables import Table, make_table
 
@@ -194,10 +195,14 @@ def make_plan(
         latencies = latency if isinstance(latency, LatencyTable) else read_latency(latency)
         here = False
     report("solving", 0, 0)
+    worth = _importance(importance)
+    if isinstance(worth, ImportanceTable):
+        latencies, worth, left_out = shared_choices(latencies, worth)
+        warnings += [left_out] if left_out else []
     planning = prepare(
         model,
         latencies,
-        _importance(importance),
+        worth,
         method=cast(Method, method),
         compat=compat,
         input_shapes=input_shapes,

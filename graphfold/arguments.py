@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,14 +58,25 @@ def shapes(items: Sequence[str] | None) -> dict[str, tuple[int, ...]] | None:
     return found
 
 
-def inputs(data: str | None, model: Model) -> Iterator[dict[str, NDArray[Any]]] | None:
-    """What `--data` names, as feeds; None without it."""
+def inputs(
+    data: str | None, preprocess: str | None, model: Model, terminal: Terminal
+) -> Iterator[dict[str, NDArray[Any]]] | None:
+    """What `--data` names, as feeds; None without it. Doubts about the first feed are warnings."""
     if data is None:
+        if preprocess is not None:
+            raise UsageError("--preprocess says how --data is prepared, and there is no --data")
         return None
+    from graphfold.calibration.data_checks import doubt_values
     from graphfold.calibration.dataset import read_inputs
     from graphfold.specs import model_inputs
 
-    return read_inputs(data, model_inputs(model))
+    feeds = read_inputs(data, model_inputs(model), preprocess=preprocess)
+    first = next(feeds, None)
+    if first is None:
+        return iter(())
+    for text in doubt_values(model, first):
+        terminal.warn(text)
+    return itertools.chain([first], feeds)
 
 
 @contextlib.contextmanager

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphfold import __version__, arguments, cli_plan, guard
+from graphfold import __version__, arguments, cli_plan, cli_score, guard
 from graphfold.errors import GraphfoldError, ModelError, UsageError
 from graphfold.options import (
     DataOption,
     DebugOption,
     JsonOption,
     ModelArgument,
+    PreprocessOption,
     QuietOption,
     ShapeOption,
     ToleranceOption,
@@ -136,6 +137,7 @@ def _optimize(
     ] = False,
     tolerance: ToleranceOption = None,
     data: DataOption = None,
+    preprocess: PreprocessOption = None,
     input_shape: ShapeOption = None,
     allow_other_model: Annotated[
         bool,
@@ -217,7 +219,7 @@ def _optimize(
             allow_growth=allow_growth,
             latency=latency,
             input_shapes=arguments.shapes(input_shape),
-            inputs=arguments.inputs(data, loaded),
+            inputs=arguments.inputs(data, preprocess, loaded, terminal),
             tolerance=tolerance,
             verify=not no_verify,
             require_verify=require_verify,
@@ -305,6 +307,7 @@ def _verify(
         typer.Option("--allow-other-model", help="Use a plan that was made for another file."),
     ] = False,
     data: DataOption = None,
+    preprocess: PreprocessOption = None,
     input_shape: ShapeOption = None,
     tolerance: ToleranceOption = None,
     as_json: JsonOption = False,
@@ -325,7 +328,7 @@ def _verify(
             second,
             plan=plan,
             allow_other_model=allow_other_model,
-            inputs=arguments.inputs(data, first),
+            inputs=arguments.inputs(data, preprocess, first, terminal),
             input_shapes=arguments.shapes(input_shape),
             tolerance=tolerance,
             progress=terminal.progress,
@@ -347,7 +350,8 @@ def _verify(
     epilog="Rounds of all models alternate, so that what disturbs one disturbs all. Ratios are "
     "medians over rounds, relative to A.\n\n"
     "Examples:\n\ngraphfold bench model.onnx model.folded.onnx\n\n"
-    "graphfold bench model.onnx --threads 4 --operators",
+    "graphfold bench model.onnx --threads 4 --operators\n\n"
+    "graphfold bench model.onnx model.folded.onnx --blocks",
 )
 def _bench(
     models: Annotated[list[str], typer.Argument(metavar="A [B ...]", help="ONNX files.")],
@@ -364,7 +368,18 @@ def _bench(
     operators: Annotated[
         bool, typer.Option("--operators", help="Also time each operator (onnxruntime's profiler).")
     ] = False,
+    blocks: Annotated[
+        bool,
+        typer.Option(
+            "--blocks",
+            help="Also time the blocks of A (those of `graphfold inspect`), and what stands in "
+            "their places in B: where a speedup comes from, and where it does not. Blocks are "
+            "matched by tensor names, which folding keeps; what B merged across is one row. "
+            "Takes as long again.",
+        ),
+    ] = False,
     data: DataOption = None,
+    preprocess: PreprocessOption = None,
     input_shape: ShapeOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -381,13 +396,14 @@ def _bench(
         found = graphfold.bench(
             loaded,
             names=models,
-            inputs=arguments.inputs(data, loaded[0]),
+            inputs=arguments.inputs(data, preprocess, loaded[0], terminal),
             input_shapes=arguments.shapes(input_shape),
             threads=threads,
             provider=provider,
             rounds=rounds,
             seconds=seconds,
             operators=operators,
+            blocks=blocks,
             progress=terminal.progress,
         )
         terminal.close()
@@ -397,6 +413,7 @@ def _bench(
 
 
 cli_plan.register(app)
+cli_score.register(app)
 
 
 # Running ----------------------------------------------------------------------------------------

@@ -32,8 +32,18 @@ DataOption = Annotated[
     typer.Option(
         "--data",
         metavar="D",
-        help="Inputs: an .npz keyed by input name, an .npy for the only input, or "
-        "package.module:callable that yields dicts of numpy arrays.",
+        help="Inputs: a folder of pictures (with --preprocess), an .npz keyed by input name, an "
+        ".npy for the only input, or package.module:callable that yields dicts of numpy arrays.",
+        show_default=False,
+    ),
+]
+PreprocessOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preprocess",
+        metavar="NAME|FILE.json",
+        help="How pictures of --data are prepared: imagenet (x/255, mean .485 .456 .406, std .229 "
+        ".224 .225), lite ((x-127)/128), unit (x/255), symmetric (x/127.5-1), raw, or a JSON file.",
         show_default=False,
     ),
 ]

@@ -57,6 +57,21 @@ class Names:
         """The cut tensor at a position; ValueError where there is none."""
         return _named(position, self.tensors, "position")
 
+    def input(self, start: int, end: int) -> str:
+        """The tensor that the segment between two positions begins at; ValueError as `tensor`."""
+        del end
+        return self.tensor(start)
+
+    def output(self, start: int, end: int) -> str:
+        """The tensor that it ends at; ValueError as `tensor`."""
+        del start
+        return self.tensor(end)
+
+    def result(self, start: int, end: int, stated: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What it becomes, from kernel, stride and family as the table states them."""
+        del start, end
+        return stated
+
     def conv(self, number: int) -> str:
         """The conv site of this number; ValueError where there is none."""
         return _named(number, self.convs, "convolution")
@@ -134,6 +149,27 @@ def read_importance_csv(
     )
 
 
+def layer_merge_form(path: str | Path) -> bool:
+    """Whether a file's columns are those of LayerMerge's tables.
+
+    Raises:
+        MeasuresError: the file cannot be read or has none of the columns of a published table.
+    """
+    return any("ker" in line for line in _Lines(Path(path), _SPAN, _LAYER_MERGE))
+
+
+def spans(path: str | Path) -> set[tuple[int, int]]:
+    """The positions between which a table's segments lie; lines that tell none are left out.
+
+    Raises:
+        MeasuresError: as `layer_merge_form`.
+    """
+    found = {
+        (line.get("st", _whole), line.get("end", _whole)) for line in _Lines(Path(path), _SPAN)
+    }
+    return {span for span in found if None not in span}
+
+
 def _score(measured: float, baseline: float, score: Score) -> float:
     change = measured - baseline
     if score == "accuracy":
@@ -164,7 +200,7 @@ class _Line:
 class _Lines:
     """The lines of a CSV file, and the problems found in them."""
 
-    def __init__(self, path: Path, required: Sequence[str], optional: Sequence[str]) -> None:
+    def __init__(self, path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> None:
         self._where = str(path)
         self._problems: list[Problem] = []
         try:
@@ -211,14 +247,15 @@ def _key(line: _Line, names: Names) -> dict[str, Any]:
     if line.problems:
         return {}
     key: dict[str, Any] = {
-        "input": line.get("st", lambda _: names.tensor(start)),
-        "output": line.get("end", lambda _: names.tensor(end)),
+        "input": line.get("st", lambda _: names.input(start, end)),
+        "output": line.get("end", lambda _: names.output(start, end)),
     }
     if start >= end:
         line.problems.append(Problem(f"line {line.number}", f"leads from {start} to {end}"))
-    if "ker" in line:
-        key |= _result(line)
-    key["unchanged"] = end == start + 1 and key.get("family") != "identity"
+    result = _result(line) if "ker" in line else {}
+    key["unchanged"] = end == start + 1 and result.get("family") != "identity"
+    if result and not line.problems:
+        key |= line.get("ker", lambda _: names.result(start, end, result)) or {}
     return key
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from graphfold.model import Model
 
 # Protobuf refuses 2 GiB; node attributes and names need some room beside the weights.
-_LARGEST_IN_MEMORY = 2**31 - 2**26
+LARGEST_IN_MEMORY = 2**31 - 2**26
 _CAST_SUFFIX = "/graphfold.as_float32"
 _SILENT = 4
 
@@ -63,7 +63,7 @@ class Runnable:
             self._path = model
         elif isinstance(model, bytes):
             self.proto = _parse(model)
-        elif weight_bytes(model) > _LARGEST_IN_MEMORY:
+        elif weight_bytes(model) > LARGEST_IN_MEMORY:
             self._write(model)
         else:
             from graphfold.model import to_proto

@@ -79,7 +79,7 @@ def test_nothing_heavy_is_imported_for_help():
     assert not loaded & {"onnx", "onnxruntime", "onnx_ir", "numpy", "torch", "scipy"}
 
 
-@pytest.mark.parametrize("command", ["optimize", "inspect", "verify", "bench", "plan"])
+@pytest.mark.parametrize("command", ["optimize", "inspect", "verify", "bench", "plan", "score"])
 def test_every_command_has_help_with_an_example(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -91,7 +91,7 @@ def test_options_without_a_feature_are_not_offered(run):
     _, out, _ = run("optimize", "--help")
     assert "--distill" not in out
     _, out, _ = run("--help")
-    for absent in ("score", "search", "finetune", "auto "):
+    for absent in ("search", "finetune", "auto "):
         assert f" {absent}" not in out
 
 

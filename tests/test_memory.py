@@ -106,7 +106,7 @@ def test_one_session_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Counted)
     # As models over 2 GB go: through files.
-    monkeypatch.setattr(runtime, "_LARGEST_IN_MEMORY", 1 << 16)
+    monkeypatch.setattr(runtime, "LARGEST_IN_MEMORY", 1 << 16)
     path = tmp_path / "m.onnx"
     onnx.save(network(), path)
     result = graphfold.optimize(path)

@@ -365,7 +365,7 @@ def test_tolerance_per_type():
 
 
 def test_models_over_the_size_limit_go_through_files(monkeypatch, tmp_path):
-    monkeypatch.setattr(runtime, "_LARGEST_IN_MEMORY", 0)
+    monkeypatch.setattr(runtime, "LARGEST_IN_MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     model = small.conv_bn_relu()
     assert run(model, model, folds=[fold("conv")]).passed is True

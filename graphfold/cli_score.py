@@ -1,0 +1,111 @@
+"""The command that makes importance tables: `score`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphfold import arguments
+from graphfold.errors import UsageError
+from graphfold.options import DebugOption, JsonOption, QuietOption
+from graphfold.terminal import STDIO, check_output
+
+_EXAMPLES = (
+    "Examples:\n\ngraphfold score model.onnx --import importance.csv --baseline 71.9 "
+    "-o importance.json\n\n"
+    "graphfold plan model.onnx --importance importance.json --speedup 1.3 -o plan.json"
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command("score", epilog=_EXAMPLES)(_score)
+
+
+def _score(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="An ONNX file, or - for stdin: rows then name its tensors, else positions.",
+            show_default=False,
+        ),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--import",
+            metavar="FILE.csv",
+            help="A published table: columns st, end and val_acc or val_loss, with st_act and "
+            "end_act (Kim et al.) or ker, str, is_dw and conv_comb (LayerMerge).",
+            show_default=False,
+        ),
+    ] = None,
+    baseline: Annotated[
+        float | None,
+        typer.Option(
+            "--baseline",
+            metavar="B",
+            help="The unchanged network's accuracy in percent, or its loss; 0 for a file that "
+            "holds differences.",
+            show_default=False,
+        ),
+    ] = None,
+    value: Annotated[
+        str | None,
+        typer.Option(
+            "--value",
+            metavar="accuracy|exp-accuracy|exp-loss",
+            help="What counts: the accuracy's change in points, exp(change / 100), or "
+            "exp(-change of the loss / baseline). Default: as published, accuracy for Kim et "
+            "al.'s form and exp-accuracy for LayerMerge's.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="Where to write the table.", show_default=False
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make the importance table of a model: what each change is worth."""
+    del debug
+    if source is None:
+        raise UsageError("score what?", hint="--import FILE.csv reads a published importance table")
+    if baseline is None:
+        raise UsageError(
+            "--import needs --baseline",
+            hint="the unchanged network's accuracy in percent, or its loss; 0 for differences",
+        )
+    output = _output(out, [name for name in (model, source) if name not in (None, STDIO)])
+    with arguments.open_terminal(as_json, quiet) as terminal:
+        from graphfold.measures import write_table
+        from graphfold.model import load
+        from graphfold.published_segments import import_importance
+
+        found = import_importance(
+            source,
+            None if model is None else load(arguments.source(model)),
+            baseline=baseline,
+            score=value,
+        )
+        write_table(found.table, output)
+        terminal.show(found.to_json, found.tables())
+        terminal.note(f"wrote {output}")
+
+
+def _output(out: str | None, inputs: list[str | None]) -> Path:
+    """Where the table goes, checked before any work."""
+    if out is None:
+        raise UsageError("where to write the table?", hint="give a file: -o importance.json")
+    if out == STDIO:
+        raise UsageError("the table cannot go to stdout", hint="give a file: -o importance.json")
+    path = Path(out)
+    check_output(path, inputs=[Path(name) for name in inputs if name], option="--output")
+    return path
