@@ -49,8 +49,8 @@ def test_a_fit_without_ridge_is_least_squares(seed, features, targets):
     x, y = rows(seed, features=features, targets=targets)
     fit = fit_linear(moments_of(x, y), 0.0)
     expected, *_ = np.linalg.lstsq(np.column_stack([x, np.ones(len(x))]), y, rcond=None)
-    np.testing.assert_allclose(fit.weight, expected[:-1].T, atol=1e-6)
-    np.testing.assert_allclose(fit.bias, expected[-1], atol=1e-6)
+    np.testing.assert_allclose(fit.weight, expected[:-1].T, atol=1e-4)
+    np.testing.assert_allclose(fit.bias, expected[-1], atol=1e-4)
     residual = y - x @ fit.weight.T - fit.bias
     variance = ((y - y.mean(axis=0)) ** 2).sum()
     assert fit.error == pytest.approx((residual**2).sum() / variance, abs=1e-6)
