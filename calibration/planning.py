@@ -68,7 +68,7 @@ class PlanResult:
         if plan is not None and self.plan is not None:
             content = self.plan.model_dump_json(exclude_defaults=True, indent=1)
             with atomic_file(plan) as file:
-                file.write(_with_version(content).encode())
+                file.write(with_version(content).encode())
             written.append(plan)
         if plot is not None:
             with atomic_file(plot) as file:
@@ -138,7 +138,7 @@ def _best(points: Sequence[Point]) -> float:
     return max(point.importance for point in points)
 
 
-def _with_version(content: str) -> str:
+def with_version(content: str) -> str:
     """The format's version is a default, and must still be said."""
     if '"graphfold_plan"' in content:
         return content + "\n"

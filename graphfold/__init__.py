@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from graphfold.calibration.auto import AutoResult
+    from graphfold.calibration.dataset import Dataset
     from graphfold.calibration.latency import LatencyComparison
     from graphfold.calibration.planning import PlanResult
     from graphfold.calibration.profile import Profile
@@ -219,6 +221,24 @@ def profile(model: Any, output: str | os.PathLike[str] | None = None, **options:
     from graphfold.optimizer import load_any
 
     return profile_model(load_any(model), None if output is None else Path(output), **options)
+
+
+def auto(model: Any, data: Dataset, **options: Any) -> AutoResult:
+    """A faster network in one run, see `graphfold.calibration.auto.auto`.
+
+    Args:
+        model: in any form that `optimize` takes.
+        data: calibration inputs (`graphfold.calibration.dataset.read_dataset`).
+        options: speedup or min_agreement, dtype, threads, provider, families, time_budget,
+            progress.
+
+    Raises:
+        ModelError, DataError, UsageError: bad input. BudgetError: nothing is what was asked for.
+    """
+    from graphfold.calibration.auto import auto as run
+    from graphfold.optimizer import load_any
+
+    return run(load_any(model), data, **options)
 
 
 def make_plan(model: Any, **options: Any) -> PlanResult:

@@ -17,6 +17,7 @@ from graphfold.terminal import STDIO, Terminal, read_stdin, reserved_stdout
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from graphfold.calibration.dataset import Dataset
     from graphfold.model import Model
 
 
@@ -77,6 +78,24 @@ def inputs(
     for text in doubt_values(model, first):
         terminal.warn(text)
     return itertools.chain([first], feeds)
+
+
+def dataset(
+    data: str,
+    preprocess: str | None,
+    model: Model,
+    terminal: Terminal,
+    limit: int | None = None,
+) -> Dataset:
+    """What `--data` names, to be read as often as needed; doubts about its values are warnings."""
+    from graphfold.calibration.data_checks import doubt_values
+    from graphfold.calibration.dataset import read_dataset
+    from graphfold.specs import model_inputs
+
+    found = read_dataset(data, model_inputs(model), preprocess, limit)
+    for text in doubt_values(model, next(found.batches()).feed):
+        terminal.warn(text)
+    return found
 
 
 @contextlib.contextmanager

@@ -31,11 +31,11 @@ class Targets:
 
     model: str
     given: str | None
-    in_place: bool
-    reference: Path | None
-    report: Path | None
-    external_data: str
-    dry_run: bool
+    in_place: bool = False
+    reference: Path | None = None
+    report: Path | None = None
+    external_data: str = "auto"
+    dry_run: bool = False
 
     @property
     def to_stdout(self) -> bool:

@@ -1,0 +1,169 @@
+"""The command that does it all: `auto`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graphfold import arguments
+from graphfold.errors import UsageError
+from graphfold.options import (
+    DataOption,
+    DebugOption,
+    JsonOption,
+    ModelArgument,
+    PreprocessOption,
+    QuietOption,
+)
+from graphfold.targets import Targets
+from graphfold.terminal import STDIO, check_output
+
+if TYPE_CHECKING:
+    from graphfold.calibration.auto import AutoResult
+    from graphfold.terminal import Terminal
+
+_EXAMPLES = (
+    "Examples:\n\ngraphfold auto model.onnx --data photos/ --preprocess imagenet --speedup 1.5 "
+    "-o fast.onnx\n\n"
+    "graphfold auto model.onnx --data calibration.npz --min-agreement 0.95 --dtype auto "
+    "--plan-out plan.json --plot frontier.svg\n\n"
+    "The plan makes the same network again: graphfold optimize model.onnx --plan plan.json "
+    "--data photos/ --preprocess imagenet"
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command("auto", epilog=_EXAMPLES)(_auto)
+
+
+def _auto(
+    model: ModelArgument,
+    data: DataOption = None,
+    preprocess: PreprocessOption = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(
+            "--speedup",
+            metavar="X",
+            help="X times as fast as the model in float: the least damaged such network.",
+            show_default=False,
+        ),
+    ] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            "--min-agreement",
+            metavar="A",
+            help="The fastest network that gives the model's own class for a share A of inputs.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            metavar="float32|int8|auto",
+            help="What the result computes in; auto compares float and INT8 and takes the better.",
+        ),
+    ] = "float32",
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="Where to write. Default: MODEL with .folded.onnx.",
+            show_default=False,
+        ),
+    ] = None,
+    plan_out: Annotated[
+        str | None,
+        typer.Option("--plan-out", metavar="P", help="Also write the plan.", show_default=False),
+    ] = None,
+    plot: Annotated[
+        str | None,
+        typer.Option("--plot", metavar="F.svg", help="Draw the frontier.", show_default=False),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--samples", metavar="N", min=1, help="Use the first N inputs.", show_default=False
+        ),
+    ] = None,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, help="Intra-op threads that latency is measured with.")
+    ] = 1,
+    provider: Annotated[
+        str, typer.Option("--provider", help="onnxruntime execution provider.")
+    ] = "CPUExecutionProvider",
+    time_budget: Annotated[
+        float | None,
+        typer.Option(
+            "--time-budget",
+            metavar="MINUTES",
+            min=0.0,
+            help="The search ends after so long, in float and in INT8 each.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Fit, search, fold, quantize, verify: a faster network from a model and a few hundred inputs."""
+    del debug
+    if data is None:
+        raise UsageError(
+            "auto needs inputs to calibrate on",
+            hint="--data with a few hundred; labels are not needed",
+        )
+    targets = Targets(model=model, given=out)
+    if as_json and targets.to_stdout:
+        raise UsageError("--json and -o - both want stdout", hint="write the model to a file")
+    targets.check()
+    for name, option in ((plan_out, "--plan-out"), (plot, "--plot")):
+        if name is not None:
+            inputs = [] if model == STDIO else [Path(model)]
+            check_output(Path(name), inputs=inputs, option=option)
+    with arguments.open_terminal(as_json, quiet, tables_to_stderr=targets.to_stdout) as terminal:
+        import graphfold
+        from graphfold.model import load
+
+        loaded = load(arguments.source(model))
+        found = graphfold.auto(
+            loaded,
+            arguments.dataset(data, preprocess, loaded, terminal, limit),
+            speedup=speedup,
+            min_agreement=min_agreement,
+            dtype=dtype,
+            threads=threads,
+            provider=provider,
+            time_budget=None if time_budget is None else 60 * time_budget,
+            progress=terminal.progress,
+        )
+        _write(found, targets, plan_out, plot, terminal)
+
+
+def _write(
+    found: AutoResult, targets: Targets, plan_out: str | None, plot: str | None, terminal: Terminal
+) -> None:
+    from graphfold.files import atomic_file
+
+    result = found.result
+    targets.write(result.folded, result.reference, result.report, terminal)
+    written = [targets.written_name]
+    for name, content in ((plan_out, found.plan_text), (plot, found.picture)):
+        if name is not None:
+            with atomic_file(name) as file:
+                file.write(content().encode())
+            written.append(name)
+    terminal.close()
+    for text in found.warnings:
+        terminal.warn(text)
+    terminal.show(found.to_json, found.tables())
+    for name in written:
+        if name not in (None, STDIO):
+            terminal.note(f"wrote {name}")
