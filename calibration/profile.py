@@ -26,7 +26,7 @@ from graphfold.calibration.wholes import find_fastest, fold_fastest, scale_of
 from graphfold.candidates import Candidates, find_candidates
 from graphfold.cuts import CutLayout, choice_row, cut_layout, is_no_change
 from graphfold.depth_table import Ends
-from graphfold.drops import find_drops
+from graphfold.drops import find_drops, is_drop
 from graphfold.errors import UsageError
 from graphfold.graph import Graph
 from graphfold.measures import LatencyHeader, LatencyRow, LatencyTable, Row, write_table
@@ -66,6 +66,16 @@ class Profile:
     scale: float
     warnings: tuple[str, ...]
 
+    @property
+    def drops(self) -> int:
+        """Number of the rows with nothing in a segment's place."""
+        return sum(is_drop(row) for row in self.table.rows)
+
+    @property
+    def additions(self) -> int:
+        """Number of the rows of an activation where the network has none."""
+        return sum(row.input == row.output for row in self.table.rows)
+
     def to_json(self) -> dict[str, Any]:
         """The JSON document of `profile --json`."""
         return {
@@ -74,6 +84,8 @@ class Profile:
             "rest_ms": self.table.rest,
             "rows": len(self.table.rows),
             "unchanged": self.steps,
+            "drops": self.drops,
+            "additions": self.additions,
             "distinct": self.distinct,
             "continued": self.continued,
             "left_out": self.left_out,
@@ -83,11 +95,14 @@ class Profile:
 
     def tables(self) -> list[Table]:
         """What was measured, in figures for people."""
+        changed = len(self.table.rows) - self.steps - self.drops - self.additions
         rows = [
             ("whole network", f"{self.whole:.3f} ms"),
             ("of that, steps that a plan may change", f"{self.whole - self.table.rest:.3f} ms"),
             ("rows of unchanged steps", str(self.steps)),
-            ("rows of replacements", str(len(self.table.rows) - self.steps)),
+            ("rows of replacements", str(changed)),
+            ("rows of segments that may be dropped", str(self.drops)),
+            ("rows of activations that may be added", str(self.additions)),
             ("replacements left out, too large to pay", str(self.left_out)),
             ("different operators measured", str(self.distinct)),
         ]

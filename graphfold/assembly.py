@@ -55,6 +55,14 @@ def assemble_plan(
     return read_plan(data)
 
 
+def changes_anything(pieces: Pieces, layout: Layout) -> bool:
+    """Whether a choice makes anything else of its part of the network than it is."""
+    return (
+        any(not row.unchanged or _gains_activation(row, layout) for row in pieces)
+        or next(_removed_at_ends(pieces, layout), None) is not None
+    )
+
+
 def _segment(
     row: Row, layout: Layout, boundary: Boundary, activation: ActivationJson | None
 ) -> dict[str, Any]:

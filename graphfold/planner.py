@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphfold import __version__
-from graphfold.assembly import assemble_plan, objective
+from graphfold.assembly import assemble_plan, changes_anything, objective
 from graphfold.candidates import Candidate, Candidates, find_candidates
 from graphfold.choices import Choice
 from graphfold.cost import analyze
@@ -90,7 +90,8 @@ class Planning:
     def point(self, solution: Solution[Pieces]) -> Point:
         """What one solution is predicted to do to the whole network."""
         latency = solution.latency + self.latencies.rest
-        changed = sum(_is_change(pieces) for pieces in solution.choices)
+        layout = self.cuts.layout
+        changed = sum(changes_anything(pieces, layout) for pieces in solution.choices)
         return Point(latency, self.original / latency, solution.importance, changed)
 
     def within(self, budget: float) -> Solution[Pieces]:
@@ -149,10 +150,6 @@ class Planning:
             for entry in solution.entries
         ]
         return replace(solution, entries=tuple(entries))
-
-
-def _is_change(pieces: Pieces) -> bool:
-    return len(pieces) > 1 or any(not row.unchanged for row in pieces)
 
 
 def prepare(
