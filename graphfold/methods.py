@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -170,10 +171,8 @@ def _depth(placed: _Placed, tolls: _Tolls, alpha: float) -> list[Entry[Pieces]]:
     rows = {span: found.row for span, found in merges}
     latencies = _one_latency_each(merges)
     importances: dict[Ends, float] = {}
-    for (start, end), found in merges:
-        row = found.row
-        ends = (start, end, row.start_active is not False, row.end_active is not False)
-        importances[ends] = found.importance
+    for span, found in merges:
+        importances[_ends(span, found.row)] = found.importance
     labels = {span: _labels(span, row, layout) for span, row in rows.items()}
     entries = depth_entries(latencies, importances, alpha=alpha, labels=labels)
     return [_with_choice(entry, tuple(_pieces(entry.choice, rows)), tolls) for entry in entries]
@@ -239,8 +238,10 @@ def _after_any(first: Frontier[Pieces], placed: _Placed, tolls: _Tolls) -> list[
 
 def _after_depth(first: Solution[Pieces], placed: _Placed, tolls: _Tolls) -> list[Entry[Pieces]]:
     """What depth chose, and for every entry the candidates that drop it altogether."""
-    entries = list(first.entries)
-    chosen = {(entry.start, entry.end): entry for entry in entries}
+    known = {_ends(span, found.row): found for span, found in placed if found.row.unchanged}
+    left = [part for entry in first.entries for part in _parted(entry, known, tolls.layout)]
+    chosen = {(entry.start, entry.end): entry for entry in left}
+    entries = list(left)
     for span, found in placed:
         if span in chosen and found.row.family == "identity":
             kept = chosen[span]
@@ -255,3 +256,28 @@ def _after_depth(first: Solution[Pieces], placed: _Placed, tolls: _Tolls) -> lis
                 replace(kept, latency=latency, importance=found.importance, choice=(row,))
             )
     return entries
+
+
+def _ends(span: Span, row: Row) -> Ends:
+    return (*span, row.start_active is not False, row.end_active is not False)
+
+
+def _parted(
+    entry: Entry[Pieces], known: Mapping[Ends, Candidate], layout: Layout
+) -> list[Entry[Pieces]]:
+    """A run of steps that stay is worth what they are, one by one, and each may go by itself."""
+    parts: list[Entry[Pieces]] = []
+    for row in entry.choice:
+        span = layout.span(row.input, row.output)
+        if isinstance(span, Problem) or not row.unchanged:
+            return [entry]
+        found = known.get(_ends(span, row))
+        if found is None:
+            return [entry]
+        parts.append(_entry(span, Candidate(row, found.latency, found.importance), layout))
+    total = math.fsum(part.importance for part in parts)
+    # More than the sum has an activation behind the last, which stays with the run.
+    same = len(parts) > 1 and math.isclose(total, entry.importance, abs_tol=1e-12)
+    if not same or entry.latency > math.fsum(part.latency for part in parts) * (1 + 1e-9):
+        return [entry]
+    return parts
