@@ -16,21 +16,11 @@ import common
 from graphfold.assembly import assemble_plan
 from graphfold.calibration.latency import compare
 from graphfold.calibration.profile import Profile, profile_model
-from graphfold.candidates import Candidates, find_candidates
-from graphfold.cuts import choice_row, cut_layout
-from graphfold.graph import Graph
-from graphfold.importance import Change, Whole, data_free
 from graphfold.layout import Layout
-from graphfold.measures import (
-    ImportanceHeader,
-    ImportanceRow,
-    ImportanceTable,
-    LatencyTable,
-    join,
-)
-from graphfold.methods import Pieces, solve
+from graphfold.methods import Pieces
 from graphfold.model import Model, load
 from graphfold.optimizer import optimize_model
+from graphfold.planner import prepare
 from graphfold.solver import Frontier, Solution
 
 COMMAND = "python benchmarks/prediction.py"
@@ -39,29 +29,6 @@ MODELS = {
     "EfficientNet-Lite0": "efficientnet_lite0_bn.onnx",
 }
 PLANS = 10
-
-
-def importances(candidates: Candidates, latencies: LatencyTable) -> ImportanceTable:
-    """Uniform importances of the choices that the latency table has."""
-    measured = {row.key for row in latencies.rows}
-    rows, changes = [], []
-    for candidate in candidates.found:
-        for choice in candidate.choices:
-            row = choice_row(candidate, choice)
-            if row.key in measured:
-                rows.append(row)
-                changes.append(Change(len(candidate.activations), len(choice.removed_convs)))
-    sites = candidates.sites
-    whole = Whole(len(sites.activations), len(sites.convs), 0, 0.0)
-    values = data_free("uniform", changes, whole)
-    return ImportanceTable(
-        header=ImportanceHeader(created_by="benchmarks/prediction.py", method="uniform"),
-        no_change=0.0,
-        rows=tuple(
-            ImportanceRow(**row.model_dump(exclude_none=True), value=value)
-            for row, value in zip(rows, values, strict=True)
-        ),
-    )
 
 
 def across(frontier: Frontier[Pieces], count: int) -> list[Solution[Pieces]]:
@@ -87,12 +54,10 @@ def one_by_one(profile: Profile, latency: float) -> float:
 
 def examine(model: Model, profile: Profile, seconds: float, rounds: int) -> list[dict[str, float]]:
     """Predicted and measured speedups of plans across the frontier."""
-    candidates = find_candidates(Graph(model))
-    layout = cut_layout(candidates).layout
     latencies = profile.table
-    frontier = solve(join(latencies, importances(candidates, latencies)), layout)
-    solutions = across(frontier, PLANS)
-    networks = [folded(model, solution, layout) for solution in solutions]
+    planning = prepare(model, latencies, "uniform")
+    solutions = across(planning.frontier, PLANS)
+    networks = [folded(model, solution, planning.cuts.layout) for solution in solutions]
     measured = compare([model, *networks], rounds=rounds, seconds=seconds)
     found = []
     for solution, result in zip(solutions, measured.models[1:], strict=True):

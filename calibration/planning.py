@@ -169,7 +169,7 @@ def make_plan(
         speedup: wanted over the model as it is.
         budget: wanted latency of the whole network, in milliseconds.
         frontier: only list what there is, where neither is given.
-        method: `layermerge`, `depth`, `layer-only` or `depthshrinker`.
+        method: `layermerge`, `depth`, `layer-only`, `sequential` or `depthshrinker`.
         boundary: where padding stands in merged segments: `exact`, `hoist`, or `auto`: hoisted
             where no merge would be exact.
         compat: steps per millisecond of the published discretisation.
@@ -236,7 +236,7 @@ def _check_arguments(
         raise UsageError("how fast?", hint="--speedup X, --budget MS, or --frontier to see")
     if (speedup is not None and speedup <= 0) or (budget is not None and budget <= 0):
         raise UsageError("a speedup or a budget is more than zero")
-    methods = [name for name in get_args(Method) if name != "sequential"]
+    methods = get_args(Method)
     if method not in methods:
         raise UsageError(f"--method {method!r} is not known", hint="one of " + ", ".join(methods))
     if boundary not in ("auto", "exact", "hoist"):

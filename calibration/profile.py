@@ -25,6 +25,8 @@ from graphfold.calibration.timing import DeviceTimer, Sample, Settings, Timer
 from graphfold.calibration.wholes import find_fastest, fold_fastest, scale_of
 from graphfold.candidates import Candidates, find_candidates
 from graphfold.cuts import CutLayout, choice_row, cut_layout, is_no_change
+from graphfold.depth_table import Ends
+from graphfold.drops import find_drops, is_drop
 from graphfold.errors import UsageError
 from graphfold.graph import Graph
 from graphfold.measures import LatencyHeader, LatencyRow, LatencyTable, Row, write_table
@@ -44,7 +46,8 @@ class Profile:
     """A latency table, and what is to be said about it.
 
     Attributes:
-        table: one row for every step and every choice that may pay.
+        table: one row for every step and every choice that may pay, for every drop of a segment
+            and every place that an activation may be put at.
         whole: latency of the whole network, in milliseconds.
         steps: number of the table's rows that are of unchanged steps; they come first.
         distinct: number of different operators that were measured.
@@ -63,6 +66,16 @@ class Profile:
     scale: float
     warnings: tuple[str, ...]
 
+    @property
+    def drops(self) -> int:
+        """Number of the rows with nothing in a segment's place."""
+        return sum(is_drop(row) for row in self.table.rows)
+
+    @property
+    def additions(self) -> int:
+        """Number of the rows of an activation where the network has none."""
+        return sum(row.input == row.output for row in self.table.rows)
+
     def to_json(self) -> dict[str, Any]:
         """The JSON document of `profile --json`."""
         return {
@@ -71,6 +84,8 @@ class Profile:
             "rest_ms": self.table.rest,
             "rows": len(self.table.rows),
             "unchanged": self.steps,
+            "drops": self.drops,
+            "additions": self.additions,
             "distinct": self.distinct,
             "continued": self.continued,
             "left_out": self.left_out,
@@ -80,11 +95,14 @@ class Profile:
 
     def tables(self) -> list[Table]:
         """What was measured, in figures for people."""
+        changed = len(self.table.rows) - self.steps - self.drops - self.additions
         rows = [
             ("whole network", f"{self.whole:.3f} ms"),
             ("of that, steps that a plan may change", f"{self.whole - self.table.rest:.3f} ms"),
             ("rows of unchanged steps", str(self.steps)),
-            ("rows of replacements", str(len(self.table.rows) - self.steps)),
+            ("rows of replacements", str(changed)),
+            ("rows of segments that may be dropped", str(self.drops)),
+            ("rows of activations that may be added", str(self.additions)),
             ("replacements left out, too large to pay", str(self.left_out)),
             ("different operators measured", str(self.distinct)),
         ]
@@ -95,23 +113,35 @@ class Profile:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A row to be, and the snippet that is measured for it."""
+    """A row to be, and the snippet that is measured for it; None where nothing takes time."""
 
     row: Row
-    snippet: Snippet
+    snippet: Snippet | None
+
+    @property
+    def parts(self) -> tuple[Snippet, ...]:
+        """What is measured."""
+        return () if self.snippet is None else self.snippet.measured_parts()
 
 
 @dataclass(frozen=True)
 class _Entries:
-    """All rows to be: of unchanged steps, of choices; and the number of choices left out."""
+    """All rows to be, and the number of choices left out.
+
+    Attributes:
+        steps: unchanged.
+        choices: convolutions that segments may become.
+        others: drops of segments, and activations where the network has none.
+    """
 
     steps: tuple[_Entry, ...]
     choices: tuple[_Entry, ...]
+    others: tuple[_Entry, ...]
     left_out: int
 
     @property
     def every(self) -> tuple[_Entry, ...]:
-        return (*self.steps, *self.choices)
+        return (*self.steps, *self.choices, *self.others)
 
 
 def profile_model(
@@ -166,7 +196,7 @@ def profile_model(
     )
     entries = _entries(candidates, cuts, snippets)
     header = _header(model, settings, timer)
-    distinct = _distinct(entry.snippet for entry in entries.every)
+    distinct = _distinct(entries.every)
     path = None if output is None else output.with_name(f"{output.name}.partial")
     with Journal(path, _journal_header(header, timer, distinct)) as journal:
         continued = len(journal.entries.keys() & distinct.keys())
@@ -193,29 +223,51 @@ def _no_progress(stage: str, done: int, total: int) -> None:
 
 
 def _entries(candidates: Candidates, cuts: CutLayout, snippets: Snippets) -> _Entries:
-    steps = [_Entry(step.row(), snippets.unchanged(step)) for step in cuts.steps]
+    unchanged = [snippets.unchanged(step) for step in cuts.steps]
     holder = {node: number for number, step in enumerate(cuts.steps) for node in step.nodes}
     choices: list[_Entry] = []
     left_out = 0
     for candidate in candidates.found:
         numbers = dict.fromkeys(holder[node] for node in candidate.nodes if node in holder)
-        replaced = [steps[number].snippet for number in numbers]
+        replaced = [unchanged[number] for number in numbers]
         for choice in candidate.choices:
             if is_no_change(candidate, choice):
                 continue
+            if choice.family == "identity":
+                continue  # is a drop
             snippet = snippets.chosen(candidate, choice)
             if is_hopeless(snippet, replaced):
                 left_out += 1
             else:
                 choices.append(_Entry(choice_row(candidate, choice), snippet))
-    return _Entries(tuple(steps), tuple(choices), left_out)
+    steps = [
+        _Entry(step.row(), snippet) for step, snippet in zip(cuts.steps, unchanged, strict=True)
+    ]
+    others = (*_drops(candidates, snippets), *_additions(candidates, snippets))
+    return _Entries(tuple(steps), tuple(choices), others, left_out)
 
 
-def _distinct(snippets: Iterable[Snippet]) -> dict[str, Snippet]:
+def _drops(candidates: Candidates, snippets: Snippets) -> Iterator[_Entry]:
+    """Nothing in a segment's place: what takes time is an activation that stays alone."""
+    for drop in find_drops(candidates):
+        yield _Entry(drop.row, snippets.left(drop))
+
+
+def _additions(candidates: Candidates, snippets: Snippets) -> Iterator[_Entry]:
+    """An activation where the network has none: rows from a tensor to itself."""
+    ends = Ends(candidates)
+    for place in ends.free:
+        assert ends.usual is not None
+        name = place.name or ""
+        row = Row(input=name, output=name, end_active=True)
+        yield _Entry(row, snippets.activation(ends.usual, place))
+
+
+def _distinct(entries: Iterable[_Entry]) -> dict[str, Snippet]:
     """Snippets by digest, those of the same operator at the same shapes once."""
     found: dict[str, Snippet] = {}
-    for snippet in snippets:
-        for part in snippet.measured_parts():
+    for entry in entries:
+        for part in entry.parts:
             found.setdefault(part.digest, part)
     return found
 
@@ -273,10 +325,11 @@ def _assemble(
     measured = {
         part.digest: Sample(*journal.entries[part.digest])
         for entry in entries.every
-        for part in entry.snippet.measured_parts()
+        for part in entry.parts
     }
-    shares = [(entry.row, _share(entry.snippet, measured)) for entry in entries.every]
-    whole, scale, reason = _scale(model, shares, len(entries.steps), cuts, timer, journal)
+    shares = [(entry.row, _share(entry, measured)) for entry in entries.every]
+    merges = shares[: len(shares) - len(entries.others)]
+    whole, scale, reason = _scale(model, merges, len(entries.steps), cuts, timer, journal)
     rows = tuple(
         LatencyRow(
             **row.model_dump(exclude_none=True),
@@ -291,9 +344,11 @@ def _assemble(
     return _Assembled(table, whole, scale, tuple(warnings))
 
 
-def _share(snippet: Snippet, measured: Mapping[str, Sample]) -> Sample:
+def _share(entry: _Entry, measured: Mapping[str, Sample]) -> Sample:
     """What a snippet adds to what makes its inputs, where the two are fused."""
-    own, *makers = (measured[part.digest] for part in snippet.measured_parts())
+    if entry.snippet is None:
+        return Sample(0.0, 0.0)
+    own, *makers = (measured[part.digest] for part in entry.parts)
     ratio = own.ratio - sum(each.ratio for each in makers)
     return Sample(max(0.0, ratio), own.spread)
 

@@ -12,7 +12,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,11 +25,12 @@ from onnx import helper, numpy_helper
 from graphfold.candidates import Candidate
 from graphfold.choices import Choice
 from graphfold.cuts import Step
+from graphfold.drops import Drop
 from graphfold.errors import UsageError
 from graphfold.graph import Graph, TensorShape
 from graphfold.linear import variable_inputs
 from graphfold.runtime import Runnable, Session
-from graphfold.sites import Sites
+from graphfold.sites import ActivationSite, Sites
 from graphfold.specs import Filling, random_inputs
 
 Shape = tuple[int, ...]
@@ -214,13 +215,35 @@ class Snippets:
     def chosen(self, candidate: Candidate, choice: Choice) -> Snippet:
         """The convolution that a segment becomes, and the activation that stays behind it."""
         site = self._after.get(candidate.output)
-        readers = {usage.node for usage in candidate.output.uses()}
-        followed = site is not None and readers <= set(site.nodes)
         conv = self._conv(candidate, choice)
-        if site is None or not followed:
+        if site is None or not self._is_alone(site):
             return conv
         rest = self._snippet((site.input,), site.nodes, site.output, fold=False)
         return _joined(conv, rest)
+
+    def left(self, drop: Drop) -> Snippet | None:
+        """What of a segment's step stays when it is dropped; None where nothing takes time."""
+        site = drop.left
+        if site is None or not self._is_alone(site):
+            return None
+        return self._snippet((site.input,), site.nodes, site.output, fold=False)
+
+    def activation(self, site: ActivationSite, place: ir.Value) -> Snippet:
+        """An activation of the network behind another tensor than its own."""
+        own = self._snippet((site.input,), site.nodes, site.output, fold=False)
+        shape = self.tensor(place).shape
+        (source,) = own.inputs
+        return replace(
+            own,
+            inputs=(replace(source, shape=shape),),
+            output=replace(own.output, shape=shape),
+            at_input=False,
+            at_output=False,
+        )
+
+    def _is_alone(self, site: ActivationSite) -> bool:
+        """Whether nothing but an activation reads what it reads."""
+        return {usage.node for usage in site.input.uses()} <= set(site.nodes)
 
     def _conv(self, candidate: Candidate, choice: Choice) -> Snippet:
         source, target = self.tensor(candidate.input), self.tensor(candidate.output)

@@ -41,15 +41,26 @@ def assemble_plan(
         _segment(row, layout, boundary, activation) for row in rows if not row.unchanged
     ]
     data["remove_activations"] = list(dict.fromkeys(_removed_at_ends(rows, layout)))
-    data["add_activations"] = [
-        {"tensor": layout.cut(row.output), "activation": _free(row, activation)}
+    added = {
+        layout.place(row.output): _free(row, activation)
         for row in rows
-        if row.unchanged and _gains_activation(row, layout)
+        if _gains_activation(row, layout) and not _states_activation(row, layout)
+    }
+    data["add_activations"] = [
+        {"tensor": tensor, "activation": free} for tensor, free in added.items()
     ]
     data = {key: value for key, value in data.items() if value != []}
     if objective is not None:
         data["objective"] = dict(objective)
     return read_plan(data)
+
+
+def changes_anything(pieces: Pieces, layout: Layout) -> bool:
+    """Whether a choice makes anything else of its part of the network than it is."""
+    return (
+        any(not row.unchanged or _gains_activation(row, layout) for row in pieces)
+        or next(_removed_at_ends(pieces, layout), None) is not None
+    )
 
 
 def _segment(
@@ -70,13 +81,18 @@ def _segment(
             segment["kernel"] = list(row.kernel)
         if row.removed_convs:
             segment["remove_convs"] = list(row.removed_convs)
-    if _gains_activation(row, layout):
+    if _gains_activation(row, layout) and _states_activation(row, layout):
         segment["activation"] = _free(row, activation)
     return segment
 
 
 def _gains_activation(row: Row, layout: Layout) -> bool:
-    return row.end_active is True and layout.cut(row.output) not in layout.activations
+    return row.end_active is True and layout.place(row.output) not in layout.activations
+
+
+def _states_activation(row: Row, layout: Layout) -> bool:
+    """Whether a segment is named in the plan, and what follows it is its own activation."""
+    return not row.unchanged and layout.place(row.output) == layout.cut(row.output)
 
 
 def _free(row: Row, activation: ActivationJson | None) -> ActivationJson:
@@ -89,8 +105,12 @@ def _free(row: Row, activation: ActivationJson | None) -> ActivationJson:
 
 def _removed_at_ends(rows: Iterable[Row], layout: Layout) -> Iterator[str]:
     for row in rows:
-        for tensor, active in ((row.input, row.start_active), (row.output, row.end_active)):
-            site = layout.activations.get(layout.cut(tensor))
+        ends = (
+            (layout.cut(row.input), row.start_active),
+            (layout.place(row.output), row.end_active),
+        )
+        for place, active in ends:
+            site = layout.activations.get(place)
             if active is False and site is not None:
                 yield site
 

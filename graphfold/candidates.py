@@ -93,6 +93,25 @@ class Candidates:
         """Convolutions that may be dropped alone (LayerOnly), in execution order."""
         return tuple(site for site in self.sites.convs if site.removable)
 
+    @cached_property
+    def activated(self) -> dict[ir.Value, ActivationSite]:
+        """Activation sites by the tensors they read."""
+        return {site.input: site for site in self.sites.activations}
+
+    def activation_place(self, end: ir.Value) -> ir.Value:
+        """The tensor whose activation is the one behind a segment's end.
+
+        That is the end itself, or at the end of a branch that has no activation of its own, what
+        the joins make that alone read it.
+        """
+        place = end
+        while place not in self.activated:
+            reader = only_consumer(place)
+            if reader is None or not is_join(self.graph, reader):
+                return place
+            place = reader.outputs[0]
+        return place
+
 
 def find_candidates(
     graph: Graph,

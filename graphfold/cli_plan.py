@@ -150,7 +150,9 @@ def _plan(
     method: Annotated[
         str,
         typer.Option(
-            "--method", help="layermerge, depth, layer-only or depthshrinker: what may be chosen."
+            "--method",
+            metavar="layermerge|depth|layer-only|sequential|depthshrinker",
+            help="What may be chosen.",
         ),
     ] = "layermerge",
     boundary: Annotated[

@@ -72,7 +72,8 @@ def cut_layout(candidates: Candidates) -> CutLayout:
         for chain in builder.chains(number)
     ]
     whole = roots[0] if len(roots) == 1 else Chain((_BEGIN, _END), {0: tuple(roots)})
-    return CutLayout(Layout(whole, builder.activations), tuple(builder.steps))
+    layout = Layout(whole, builder.activations, builder.places())
+    return CutLayout(layout, tuple(builder.steps))
 
 
 def choice_row(candidate: Candidate, choice: Choice) -> Row:
@@ -95,16 +96,30 @@ def is_no_change(candidate: Candidate, choice: Choice) -> bool:
 
 class _Builder:
     def __init__(self, candidates: Candidates) -> None:
+        self._candidates = candidates
         self.flows = candidates.chains
         self.steps: list[Step] = []
         self.activations: dict[str, str] = {}
         self._active = {site.output: site for site in candidates.sites.activations}
-        self._activated = {site.input: site for site in candidates.sites.activations}
+        self._activated = candidates.activated
         self._inside: dict[int, list[int]] = {}
         for number, flow in enumerate(self.flows):
             if flow.parent is not None:
                 self._inside.setdefault(flow.parent[0], []).append(number)
         self._ends = [(each.input, each.output) for each in candidates.found]
+
+    def places(self) -> dict[str, str]:
+        """Where activations behind ends of branches stand, and which there are."""
+        found: dict[str, str] = {}
+        for _, output in self._ends:
+            place = self._candidates.activation_place(output)
+            name = place.name or ""
+            if place is not output:
+                found[output.name or ""] = name
+            site = self._activated.get(place)
+            if site is not None:
+                self.activations.setdefault(name, site.name)
+        return found
 
     def chains(self, number: int) -> Iterator[Chain]:
         """A flow chain as a chain of cuts, and the chains inside it that lie between none."""

@@ -21,7 +21,7 @@ class Change:
     """What replacing a segment removes from the network.
 
     Attributes:
-        activations: number of activation sites removed.
+        activations: number of activation sites removed, or added: a change as well.
         convs: number of conv sites removed.
         macs_before, macs_after: multiply-adds of the segment and of its replacement.
         l1_removed: sum of the absolute weights of the removed conv sites, before folding.
@@ -47,7 +47,7 @@ class Whole:
 def data_free(model: DataFree, changes: Sequence[Change], whole: Whole) -> list[float]:
     """Importance of each change, 0 for no change and negative for any other.
 
-    - uniform: minus the share of activation and conv sites removed.
+    - uniform: minus the share of activation and conv sites removed, or added.
     - macs: minus the share of the multiply-adds removed. A replacement with more of them than
       the segment had removes none.
     - l1: minus the share of the convolutions' l1 norm removed.

@@ -64,6 +64,8 @@ class Layout:
     Args:
         chain: the network's cut tensors, each before its activation.
         activations: by cut tensor, the output of the activation that alone reads it.
+        places: by the cut tensor at a branch's end, the tensor behind the joins, where its
+            activation stands or would stand; left out where it is the cut itself.
 
     Attributes:
         activations: as given.
@@ -71,8 +73,14 @@ class Layout:
         joins: one for every block of branches.
     """
 
-    def __init__(self, chain: Chain, activations: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        activations: Mapping[str, str] | None = None,
+        places: Mapping[str, str] | None = None,
+    ) -> None:
         self.activations = dict(activations or {})
+        self._places = dict(places or {})
         self._cuts = {behind: before for before, behind in self.activations.items()}
         self._chains: list[dict[str, int]] = []
         self._of_tensor: dict[str, list[int]] = {}
@@ -104,6 +112,11 @@ class Layout:
     def cut(self, tensor: str) -> str:
         """The name before its activation of the cut that a tensor is at."""
         return self._cuts.get(tensor, tensor)
+
+    def place(self, tensor: str) -> str:
+        """The tensor before the activation that stands behind a segment ending here."""
+        cut = self.cut(tensor)
+        return self._places.get(cut, cut)
 
     def name_at(self, position: int) -> str:
         """A cut tensor at this position."""

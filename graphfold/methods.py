@@ -3,14 +3,16 @@
 - layermerge: every candidate; segments may merge and drop convolutions (Kim, Oh et al. 2024).
 - depth: merges only, activation states at both ends, two stages (Kim et al. 2023).
 - layer-only: every layer stays or goes by itself: a 0-1 knapsack.
-- sequential: depth within a first budget, then layer-only on what it left.
+- sequential: depth within a first budget, then layer-only on what it left; for the first budget
+  that is best for the whole, where none is given.
 - depthshrinker: every block stays as it is or becomes one convolution (Fu et al. 2022).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from graphfold.depth import Ends, Run, Span, depth_entries
@@ -22,6 +24,18 @@ from graphfold.solver import Entry, Floor, Frontier, GapError, Solution, frontie
 Method = Literal["layermerge", "depth", "layer-only", "sequential", "depthshrinker"]
 Pieces = tuple[Row, ...]
 _Placed = list[tuple[Span, Candidate]]
+# First budgets that sequential tries, where the first method's frontier has more points.
+_MOST_FIRST_BUDGETS = 64
+
+
+def may_choose(method: Method, row: Row) -> bool:
+    """Whether a method looks at what a row of a table does to its segment."""
+    if row.unchanged or method == "layermerge":
+        return True
+    dropped = row.family == "identity"
+    if method == "layer-only":
+        return dropped
+    return _merges_only(row) or (dropped and method == "sequential")
 
 
 def solve(
@@ -33,6 +47,7 @@ def solve(
     alpha: float = 0.0,
     first_budget: float | None = None,
     blocks: Collection[tuple[str, str]] = (),
+    additions: Mapping[str, float] | None = None,
 ) -> Frontier[Pieces]:
     """Every budget's best choice by one of the methods; a choice is a row of segments.
 
@@ -43,8 +58,11 @@ def solve(
         method: which candidates may be chosen, and together.
         compat: the published discretisation.
         alpha: depth's normalisation of importances.
-        first_budget: milliseconds, for the depth stage of sequential.
+        first_budget: milliseconds, for the depth stage of sequential; None tries many, and every
+            budget's choice is the best of them.
         blocks: input and output of each block, for depthshrinker.
+        additions: milliseconds of an activation where the network has none, by the tensor before
+            it; for depth and sequential. 0 where left out.
 
     Raises:
         MeasuresError: candidates at tensors where no segment ends; all of them.
@@ -52,13 +70,15 @@ def solve(
         BudgetError: nothing fits the first budget.
     """
     placed = _place(candidates, layout)
-    if method == "sequential":
+    if method in ("depth", "sequential"):
+        tolls = _Tolls(layout, additions or {})
+        first = _frontier(_depth(placed, tolls, alpha), layout, compat)
+        if method == "depth":
+            return first
         if first_budget is None:
-            raise UsageError("sequential needs the budget of its first method, depth")
-        first = _frontier(_depth(placed, layout, alpha), layout, compat).within(first_budget)
-        return _frontier(_after_depth(first, placed), layout, compat)
-    if method == "depth":
-        return _frontier(_depth(placed, layout, alpha), layout, compat)
+            return _frontier(_after_any(first, placed, tolls), layout, compat)
+        left = _after_depth(first.within(first_budget), placed, tolls)
+        return _frontier(left, layout, compat)
     if method == "depthshrinker":
         placed = _blocks_only(placed, layout, blocks)
     elif method == "layer-only":
@@ -100,8 +120,11 @@ def _place(candidates: Iterable[Candidate], layout: Layout) -> _Placed:
 
 def _entry(span: Span, candidate: Candidate, layout: Layout) -> Entry[Pieces]:
     row = candidate.row
-    ends = ((row.input, row.start_active), (row.output, row.end_active))
-    agree = tuple((layout.cut(tensor), state) for tensor, state in ends if state is not None)
+    ends = (
+        (layout.cut(row.input), row.start_active),
+        (layout.place(row.output), row.end_active),
+    )
+    agree = tuple((place, state) for place, state in ends if state is not None)
     return Entry(*span, candidate.latency, candidate.importance, (row,), agree)
 
 
@@ -128,30 +151,53 @@ def _merges_only(row: Row) -> bool:
 # --- depth ------------------------------------------------------------------------------------
 
 
-def _depth(placed: _Placed, layout: Layout, alpha: float) -> list[Entry[Pieces]]:
-    merges = [(span, found) for span, found in placed if _merges_only(found.row)]
+@dataclass(frozen=True)
+class _Tolls:
+    """What activations cost where the network has none; a segment that ends there pays."""
+
+    layout: Layout
+    additions: Mapping[str, float]
+
+    def of(self, pieces: Pieces) -> float:
+        """Milliseconds of the activation that is put behind the last of these."""
+        place = self.layout.place(pieces[-1].output)
+        is_added = pieces[-1].end_active is True and place not in self.layout.activations
+        return self.additions.get(place, 0.0) if is_added else 0.0
+
+
+def _depth(placed: _Placed, tolls: _Tolls, alpha: float) -> list[Entry[Pieces]]:
+    layout = tolls.layout
+    merges = _faster_of_two([each for each in placed if _merges_only(each[1].row)])
     rows = {span: found.row for span, found in merges}
     latencies = _one_latency_each(merges)
     importances: dict[Ends, float] = {}
-    for (start, end), found in merges:
-        row = found.row
-        ends = (start, end, row.start_active is not False, row.end_active is not False)
-        importances[ends] = found.importance
+    for span, found in merges:
+        importances[_ends(span, found.row)] = found.importance
     labels = {span: _labels(span, row, layout) for span, row in rows.items()}
     entries = depth_entries(latencies, importances, alpha=alpha, labels=labels)
-    return [_with_choice(entry, tuple(_pieces(entry.choice, rows))) for entry in entries]
+    return [_with_choice(entry, tuple(_pieces(entry.choice, rows)), tolls) for entry in entries]
+
+
+def _faster_of_two(merges: _Placed) -> _Placed:
+    """Of a step that stays and the merge of its branches, what is faster: both do the same."""
+    times: dict[Span, dict[bool, float]] = {}
+    for span, found in merges:
+        times.setdefault(span, {})[found.row.unchanged] = found.latency
+    best = {span: min(both, key=lambda key: (both[key], not key)) for span, both in times.items()}
+    return [(span, found) for span, found in merges if found.row.unchanged is best[span]]
 
 
 def _labels(span: Span, row: Row, layout: Layout) -> tuple[Hashable, Hashable]:
     """What must agree at a span's ends; where a row states nothing, it agrees with anything."""
     return (
         (span, "start") if row.start_active is None else layout.cut(row.input),
-        (span, "end") if row.end_active is None else layout.cut(row.output),
+        (span, "end") if row.end_active is None else layout.place(row.output),
     )
 
 
-def _with_choice(entry: Entry[Run], pieces: Pieces) -> Entry[Pieces]:
-    return Entry(entry.start, entry.end, entry.latency, entry.importance, pieces, entry.agree)
+def _with_choice(entry: Entry[Run], pieces: Pieces, tolls: _Tolls) -> Entry[Pieces]:
+    latency = entry.latency + tolls.of(pieces)
+    return Entry(entry.start, entry.end, latency, entry.importance, pieces, entry.agree)
 
 
 def _one_latency_each(merges: _Placed) -> dict[Span, float]:
@@ -179,10 +225,23 @@ def _pieces(run: Run, rows: dict[Span, Row]) -> Iterable[Row]:
         )
 
 
-def _after_depth(first: Solution[Pieces], placed: _Placed) -> list[Entry[Pieces]]:
+def _after_any(first: Frontier[Pieces], placed: _Placed, tolls: _Tolls) -> list[Entry[Pieces]]:
+    """What may follow on each of depth's choices, which may not be mixed."""
+    count = min(len(first), _MOST_FIRST_BUDGETS)
+    numbers = {round(at * (len(first) - 1) / max(count - 1, 1)) for at in range(count)}
+    return [
+        replace(entry, agree=(*entry.agree, ("first", number)))
+        for number in sorted(numbers)
+        for entry in _after_depth(first[number], placed, tolls)
+    ]
+
+
+def _after_depth(first: Solution[Pieces], placed: _Placed, tolls: _Tolls) -> list[Entry[Pieces]]:
     """What depth chose, and for every entry the candidates that drop it altogether."""
-    entries = list(first.entries)
-    chosen = {(entry.start, entry.end): entry for entry in entries}
+    known = {_ends(span, found.row): found for span, found in placed if found.row.unchanged}
+    left = [part for entry in first.entries for part in _parted(entry, known, tolls.layout)]
+    chosen = {(entry.start, entry.end): entry for entry in left}
+    entries = list(left)
     for span, found in placed:
         if span in chosen and found.row.family == "identity":
             kept = chosen[span]
@@ -192,7 +251,33 @@ def _after_depth(first: Solution[Pieces], placed: _Placed) -> list[Entry[Pieces]
                     "end_active": kept.choice[-1].end_active,
                 }
             )
+            latency = found.latency + tolls.of((row,))
             entries.append(
-                replace(kept, latency=found.latency, importance=found.importance, choice=(row,))
+                replace(kept, latency=latency, importance=found.importance, choice=(row,))
             )
     return entries
+
+
+def _ends(span: Span, row: Row) -> Ends:
+    return (*span, row.start_active is not False, row.end_active is not False)
+
+
+def _parted(
+    entry: Entry[Pieces], known: Mapping[Ends, Candidate], layout: Layout
+) -> list[Entry[Pieces]]:
+    """A run of steps that stay is worth what they are, one by one, and each may go by itself."""
+    parts: list[Entry[Pieces]] = []
+    for row in entry.choice:
+        span = layout.span(row.input, row.output)
+        if isinstance(span, Problem) or not row.unchanged:
+            return [entry]
+        found = known.get(_ends(span, row))
+        if found is None:
+            return [entry]
+        parts.append(_entry(span, Candidate(row, found.latency, found.importance), layout))
+    total = math.fsum(part.importance for part in parts)
+    # More than the sum has an activation behind the last, which stays with the run.
+    same = len(parts) > 1 and math.isclose(total, entry.importance, abs_tol=1e-12)
+    if not same or entry.latency > math.fsum(part.latency for part in parts) * (1 + 1e-9):
+        return [entry]
+    return parts

@@ -8,17 +8,20 @@ the rows of a choice plus the table's rest; a speedup is over all steps unchange
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import onnx_ir as ir
 
 from graphfold import __version__
-from graphfold.assembly import assemble_plan, objective
+from graphfold.assembly import assemble_plan, changes_anything, objective
 from graphfold.candidates import Candidate, Candidates, find_candidates
 from graphfold.choices import Choice
 from graphfold.cost import analyze
 from graphfold.cuts import CutLayout, choice_row, cut_layout, is_no_change
+from graphfold.depth_table import Ends, depth_rows
+from graphfold.drops import find_drops, is_drop, with_whole_blocks
 from graphfold.errors import BudgetError, UsageError
 from graphfold.graph import Graph
 from graphfold.importance import Change, DataFree, Whole, data_free
@@ -31,7 +34,7 @@ from graphfold.measures import (
     check_names,
     join,
 )
-from graphfold.methods import Method, Pieces, solve
+from graphfold.methods import Method, Pieces, may_choose, solve
 from graphfold.plan import ModelReference, Plan
 from graphfold.segments import inverted_residuals
 from graphfold.solver import Floor, Frontier, Solution
@@ -69,6 +72,7 @@ class Planning:
         latencies, importances: the tables.
         frontier: of the solver, on the tables' rows alone.
         original: latency of the network as it is, in milliseconds.
+        method: what could be chosen.
     """
 
     candidates: Candidates
@@ -77,6 +81,7 @@ class Planning:
     importances: ImportanceTable
     frontier: Frontier[Pieces]
     original: float
+    method: Method = "layermerge"
 
     def points(self) -> list[Point]:
         """The frontier for people, the fastest first."""
@@ -85,7 +90,8 @@ class Planning:
     def point(self, solution: Solution[Pieces]) -> Point:
         """What one solution is predicted to do to the whole network."""
         latency = solution.latency + self.latencies.rest
-        changed = sum(not row.unchanged for pieces in solution.choices for row in pieces)
+        layout = self.cuts.layout
+        changed = sum(changes_anything(pieces, layout) for pieces in solution.choices)
         return Point(latency, self.original / latency, solution.importance, changed)
 
     def within(self, budget: float) -> Solution[Pieces]:
@@ -98,9 +104,16 @@ class Planning:
             return self.frontier.within(budget - self.latencies.rest + _ROUNDING * budget)
         except BudgetError:
             fastest = self.point(self.frontier.fastest)
+            asked = f"{budget:.3f} ms was asked for"
+            if fastest.segments == 0:
+                raise BudgetError(
+                    f"nothing that {self.method} may choose is faster than the model as it is, "
+                    f"which takes {fastest.latency:.3f} ms; {asked}",
+                    hint="another --method may choose something else",
+                ) from None
             raise BudgetError(
                 f"the fastest plan takes {fastest.latency:.3f} ms, {fastest.speedup:.2f} times the "
-                f"speed of the model as it is; {budget:.3f} ms was asked for",
+                f"speed of the model as it is; {asked}",
                 hint="ask for less; `graphfold plan --frontier` lists what there is",
             ) from None
 
@@ -113,13 +126,30 @@ class Planning:
         model: ModelReference | None = None,
     ) -> Plan:
         """The plan file's content for a solution, with what it was made for."""
+        usual = Ends(self.candidates).usual
         return assemble_plan(
-            solution,
+            self._with_whole_blocks(solution),
             self.cuts.layout,
             boundary="hoist" if boundary == "hoist" else "exact",
+            activation=None if usual is None else {"like": usual.name},
             model=model,
             objective=objective(solution, self.latencies, self.importances, budget=budget),
         )
+
+    def _with_whole_blocks(self, solution: Solution[Pieces]) -> Solution[Pieces]:
+        """A residual block without any of its convolutions goes whole; that is faster still."""
+        rows = [row for pieces in solution.choices for row in pieces]
+        instead = with_whole_blocks(rows, find_drops(self.candidates))
+        entries = [
+            replace(
+                entry,
+                choice=tuple(
+                    found for row in entry.choice if (found := instead.get(row, row)) is not None
+                ),
+            )
+            for entry in solution.entries
+        ]
+        return replace(solution, entries=tuple(entries))
 
 
 def prepare(
@@ -143,39 +173,142 @@ def prepare(
 
     Raises:
         MeasuresError: tables that name other tensors, or do not match.
-        UsageError: the model has nothing to plan for.
+        UsageError: the model has nothing to plan for, or nothing that the method may choose.
     """
     graph = Graph(model)
     tensors = {name for name in graph.values() if name}
     check_names(latencies, tensors)
     candidates = find_candidates(graph)
     cuts = cut_layout(candidates)
+    scope = _Scope(candidates, cuts, method)
+    offered = scope.of(latencies)
     if isinstance(importance, ImportanceTable):
         check_names(importance, tensors)
         table = importance
+        worth = scope.of(importance)
+        offered = scope.without_unknown_drops(offered, worth)
     else:
-        table = importance_without_data(
-            candidates, importance, latencies=latencies, input_shapes=input_shapes
+        table = worth = importance_without_data(
+            candidates, importance, method=method, latencies=offered, input_shapes=input_shapes
         )
-    blocks = [
-        (block.input.name or "", block.output.name or "")
-        for block in (inverted_residuals(graph) if method == "depthshrinker" else ())
-    ]
+    scope.check_any_drop(latencies, offered)
     frontier = solve(
-        join(latencies, table),
+        join(offered, worth),
         cuts.layout,
         method,
         compat=None if compat is None else Floor(compat),
-        blocks=blocks,
+        blocks=scope.blocks(),
+        additions=additions(latencies),
     )
     unchanged = sum(row.value for row in latencies.rows if row.unchanged)
-    return Planning(candidates, cuts, latencies, table, frontier, unchanged + latencies.rest)
+    return Planning(
+        candidates, cuts, latencies, table, frontier, unchanged + latencies.rest, method
+    )
+
+
+def additions(latencies: LatencyTable) -> dict[str, float]:
+    """Latencies of an activation where the model has none, by tensor; rows that lead nowhere."""
+    return {row.input: row.value for row in latencies.rows if row.input == row.output}
+
+
+_Table = TypeVar("_Table", LatencyTable, ImportanceTable)
+
+
+class _Scope:
+    """What of a table's rows one method may choose."""
+
+    def __init__(self, candidates: Candidates, cuts: CutLayout, method: Method) -> None:
+        self._candidates = candidates
+        self._layout = cuts.layout
+        self._method = method
+        self._lone = {
+            (each.input.name, each.output.name)
+            for each in candidates.found
+            if any(choice.family == "identity" for choice in each.choices)
+        }
+
+    def of(self, table: _Table) -> _Table:
+        """The table with these rows alone."""
+        rows = tuple(row for row in table.rows if self._may_choose(row))
+        return table.model_copy(update={"rows": rows})
+
+    def _may_choose(self, row: Row) -> bool:
+        if row.input == row.output or not may_choose(self._method, row):
+            return False
+        if not is_drop(row) or self._method == "sequential":
+            return True
+        if self._method == "layer-only":
+            span = self._layout.span(row.input, row.output)
+            # What is wrong with its tensors is told where all rows are placed.
+            return not isinstance(span, tuple) or span[1] == span[0] + 1
+        return (row.input, row.output) in self._lone
+
+    def without_unknown_drops(
+        self, latencies: LatencyTable, importances: ImportanceTable
+    ) -> LatencyTable:
+        """What may be dropped is what the importances tell the worth of."""
+        known = {(row.input, row.output) for row in importances.rows if is_drop(row)}
+        rows = tuple(
+            row
+            for row in latencies.rows
+            if not is_drop(row) or (row.input, row.output) in known | self._lone
+        )
+        return latencies.model_copy(update={"rows": rows})
+
+    def check_any_drop(self, latencies: LatencyTable, offered: LatencyTable) -> None:
+        """Tell why there is nothing to drop, where the method does nothing else.
+
+        Raises:
+            UsageError: the model has no convolution that may go, or a table no row for one.
+        """
+        if self._method != "layer-only" or any(is_drop(row) for row in offered.rows):
+            return
+        if any(is_drop(row) for row in self.of(latencies).rows):
+            raise UsageError("the importance table has no row of a convolution dropped by itself")
+        if any(len(each.candidate.convs) == 1 for each in find_drops(self._candidates)):
+            raise UsageError(
+                "the latency table has no row of a convolution dropped by itself",
+                hint="`graphfold profile` of this version makes them",
+            )
+        raise UsageError(
+            "no convolution of this model may be dropped by itself: each changes the number of "
+            "channels or the resolution",
+            hint="--method layermerge",
+        )
+
+    def blocks(self) -> list[tuple[str, str]]:
+        """Ends of the blocks that depthshrinker chooses among: inverted residuals, else residuals.
+
+        Raises:
+            UsageError: the method needs blocks, and the model has none.
+        """
+        if self._method != "depthshrinker":
+            return []
+        graph = self._candidates.graph
+        found = [(block.input, block.output) for block in inverted_residuals(graph)]
+        found = found or list(_residual_blocks(self._candidates))
+        if not found:
+            raise UsageError(
+                "the model has no inverted-residual or residual blocks to choose among",
+                hint="--method layermerge chooses among all segments",
+            )
+        return [(source.name or "", target.name or "") for source, target in found]
+
+
+def _residual_blocks(candidates: Candidates) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """Segments over a join that hold no other such segment."""
+    joining = [each for each in candidates.found if each.adds]
+    for each in joining:
+        nodes = set(each.nodes)
+        if not any(nodes > set(other.nodes) for other in joining):
+            yield each.input, each.output
 
 
 def importance_without_data(
     candidates: Candidates,
     kind: DataFree,
     *,
+    method: Method = "layermerge",
     latencies: LatencyTable | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> ImportanceTable:
@@ -184,6 +317,7 @@ def importance_without_data(
     Args:
         candidates: of a graph.
         kind: what is counted.
+        method: whose choices.
         latencies: only what this table has a row for; all by default.
         input_shapes: sizes that the model leaves open.
 
@@ -191,34 +325,67 @@ def importance_without_data(
         UsageError: MACs depend on sizes that are not known.
     """
     sizes = _Sizes(candidates, input_shapes)
-    pairs = list(_changing(candidates))
+    changes = list(_changes(candidates, sizes, method))
     if latencies is not None:
-        keys = {_short_key(row) for row in latencies.rows if not row.unchanged}
-        pairs = [pair for pair in pairs if _short_key(choice_row(*pair)) in keys]
-    changes = [sizes.change(candidate, choice) for candidate, choice in pairs]
-    values = data_free(kind, changes, sizes.whole())
+        keys = {_short_key(row) for row in latencies.rows}
+        changes = [(row, change) for row, change in changes if _short_key(row) in keys]
+    values = data_free(kind, [change for _, change in changes], sizes.whole())
     rows = tuple(
-        ImportanceRow(**_fields(candidate, choice), value=value)
-        for (candidate, choice), value in zip(pairs, values, strict=True)
+        ImportanceRow(**_fields(row), value=value)
+        for (row, _), value in zip(changes, values, strict=True)
     )
     header = ImportanceHeader(created_by=f"graphfold {__version__}", method=kind)
     return ImportanceTable(header=header, no_change=0.0, rows=rows)
 
 
-def _changing(candidates: Candidates) -> Iterator[tuple[Candidate, Choice]]:
-    for candidate in candidates.found:
-        for choice in candidate.choices:
-            if not is_no_change(candidate, choice):
-                yield candidate, choice
+def _changes(candidates: Candidates, sizes: _Sizes, method: Method) -> Iterator[tuple[Row, Change]]:
+    """What a method may do to each segment; for depth also what leaves it as it is."""
+    if method in ("depth", "sequential"):
+        yield from _changes_with_states(candidates, sizes)
+    elif method != "layer-only":
+        for candidate in candidates.found:
+            for choice in candidate.choices:
+                row = choice_row(candidate, choice)
+                if not is_no_change(candidate, choice) and may_choose(method, row):
+                    yield row, sizes.change(candidate, choice)
+    if method in ("layer-only", "sequential"):
+        for drop in find_drops(candidates):
+            yield drop.row, sizes.change(drop.candidate, drop.choice)
+
+
+def _changes_with_states(candidates: Candidates, sizes: _Sizes) -> Iterator[tuple[Row, Change]]:
+    ends = Ends(candidates)
+    found = {(each.input.name, each.output.name): each for each in candidates.found}
+    steps = {(step.input, step.output) for step in cut_layout(candidates).steps}
+    for row in depth_rows(candidates):
+        candidate = found[row.input, row.output]
+        added = int(bool(row.end_active) and ends.may_end_without(candidate.output))
+        if row.unchanged:
+            yield row, Change(activations=added)
+            continue
+        merge = next(choice for choice in candidate.choices if not choice.removed_convs)
+        change = sizes.change(candidate, merge)
+        yield row, replace(change, activations=change.activations + added)
+        if (row.input, row.output) in steps:
+            # Branches without cuts inside, which may stay as they are with the same states.
+            kept = Row(
+                input=row.input,
+                output=row.output,
+                unchanged=True,
+                start_active=row.start_active,
+                end_active=row.end_active,
+            )
+            yield kept, Change(activations=added)
 
 
 def _short_key(row: Row) -> tuple[object, ...]:
     """What tells the choices of one graph apart."""
+    if row.unchanged:
+        return row.input, row.output
     return row.input, row.output, row.kernel, row.family
 
 
-def _fields(candidate: Candidate, choice: Choice) -> dict[str, Any]:
-    row = choice_row(candidate, choice)
+def _fields(row: Row) -> dict[str, Any]:
     return {name: getattr(row, name) for name in row.model_fields_set}
 
 
@@ -259,6 +426,8 @@ class _Sizes:
         pixels = self._macs[last.name] // max(1, weights)
         width = 1 if choice.family == "depthwise" else candidate.convs[0].in_channels
         after = pixels * last.out_channels * width * int(np.prod(choice.kernel))
+        if choice.family == "identity":
+            after = 0
         return Change(
             activations=len(candidate.activations),
             convs=len(choice.removed_convs),

@@ -166,10 +166,71 @@ def test_sequential_drops_layers_of_what_depth_left() -> None:
     np.testing.assert_allclose(
         points, [(1.0, -1.6), (1.5, -1.4), (2.0, -1.2), (2.5, -1.0)], atol=1e-12
     )
-    with pytest.raises(UsageError, match="needs the budget"):
-        solve(DEPTH, LINE, "sequential")
     with pytest.raises(BudgetError):
         solve(DEPTH, LINE, "sequential", first_budget=1.0)
+
+
+def test_sequential_without_a_first_budget_is_the_best_of_all() -> None:
+    rng = np.random.default_rng(0)
+    tensors = "abcdefg"
+    steps = list(itertools.pairwise(tensors))
+    for _ in range(5):
+        candidates = [unchanged(s, t, rng.uniform(1, 2)) for s, t in steps]
+        candidates += [
+            change(s, t, 0.0, -rng.uniform(0.2, 1.0), family="identity") for s, t in steps
+        ]
+        for start, end in itertools.combinations(range(len(tensors)), 2):
+            if end > start + 1:
+                ends = tensors[start], tensors[end]
+                damage = (end - start - 1) * rng.uniform(0.05, 0.4)
+                candidates.append(change(*ends, rng.uniform(0.5, 1.5), -damage))
+                candidates.append(change(*ends, 0.0, -damage - 1.0, family="identity"))
+        layout = Layout(Chain(tuple(tensors)))
+        depth = solve(candidates, layout, "depth")
+        every = [
+            solve(candidates, layout, "sequential", first_budget=first.latency) for first in depth
+        ]
+        best = solve(candidates, layout, "sequential")
+        for budget in np.linspace(0.0, depth.best.latency, 9):
+            parts = [each.within(budget).importance for each in every if each.latency[0] <= budget]
+            assert best.within(budget).importance == pytest.approx(max(parts))
+
+
+def test_a_run_that_changes_nothing_leaves_its_steps_to_be_dropped() -> None:
+    # No merge: a to c in one run of two convolutions is as fast and as good as step by step.
+    candidates = [
+        *states("a", "b", 1.0, on_on=0.0, on_off=0.0),
+        *states("b", "c", 1.0, on_on=0.0, off_on=0.0),
+        *states("c", "d", 1.0, on_on=0.0),
+        *states("d", "e", 1.0, on_on=0.0),
+        *states("a", "c", 9.0, on_on=-5.0),
+        change("b", "c", 0.0, -0.1, family="identity"),
+    ]
+    assert [len(pieces) for pieces in solve(candidates, LINE, "depth").best.choices] == [2, 1, 1]
+    found = solve(candidates, LINE, "sequential")
+    assert [(s.latency, s.importance) for s in found] == [(3.0, -0.1), (4.0, 0.0)]
+
+
+def test_the_state_behind_a_join_is_one_for_a_branch_and_what_follows() -> None:
+    # The branch's last segment may have an activation behind the join, and q to y must know.
+    chain = Chain(("x", "q", "y"), {0: (Chain(("x", "a1", "a2")),)})
+    layout = Layout(chain, {"a1": "r1"}, places={"a2": "q"})
+    assert (layout.place("a2"), layout.place("a1")) == ("q", "a1")
+    candidates = [
+        change("x", "a1", 1.0, 0.0, start_active=True, end_active=True, unchanged=True),
+        change("a1", "a2", 1.0, 5.0, start_active=True, end_active=True, unchanged=True),
+        change("a1", "a2", 1.0, 0.0, start_active=True, end_active=False, unchanged=True),
+        change("q", "y", 1.0, 0.0, start_active=True, unchanged=True),
+        change("q", "y", 1.0, 7.0, start_active=False, unchanged=True),
+    ]
+    for method in METHODS:
+        assert solve(candidates, layout, method).best.importance == 7.0
+    costs = solve(candidates, layout, "depth", additions={"q": 0.5})
+    assert costs.best.latency == 3.0
+    added = solve(candidates[:2] + candidates[3:4], layout, "depth", additions={"q": 0.5}).best
+    assert added.latency == 3.5
+    plan = assemble_plan(added, layout, activation="Relu")
+    assert [(item.tensor, item.activation) for item in plan.add_activations] == [("q", "Relu")]
 
 
 def test_the_published_discretisation_reaches_every_method() -> None:

@@ -29,6 +29,8 @@ from graphfold.calibration.wholes import scale_of
 from graphfold.candidates import find_candidates
 from graphfold.cli import main
 from graphfold.cuts import cut_layout
+from graphfold.depth_table import Ends
+from graphfold.drops import find_drops
 from graphfold.errors import UsageError
 from graphfold.graph import Graph
 from graphfold.measures import read_latency
@@ -212,7 +214,10 @@ def test_a_table_has_a_row_for_every_step_and_choice_and_adds_up(tmp_path):
     unchanged = [row for row in table.rows if row.unchanged]
     assert len(unchanged) == len(steps) == found.steps
     alone = sum(len(each.convs) == 1 for each in candidates.found)
-    assert len(table.rows) - len(unchanged) + found.left_out == candidates.entries - alone
+    changed = len(table.rows) - len(unchanged) - found.drops - found.additions
+    assert changed + found.left_out == candidates.entries - alone
+    assert found.drops == len(find_drops(candidates)) > 0
+    assert found.additions == len(Ends(candidates).free) > 0
     assert sum(row.value for row in unchanged) + table.rest == pytest.approx(WHOLE)
     assert table.header.model.sha256
     assert not (tmp_path / "latency.json.partial").exists()

@@ -24,6 +24,7 @@ import unet
 
 from graphfold.candidates import Candidate, Candidates, find_candidates
 from graphfold.depth_table import depth_rows
+from graphfold.drops import find_drops
 from graphfold.graph import Graph
 from graphfold.model import load
 from graphfold.segments import main_path_convs
@@ -97,6 +98,16 @@ def test_mobilenet_in_the_scheme_of_depth(name: str) -> None:
     rows = depth_rows(found.all, found.found)
     assert len(rows) == len({row.key for row in rows}) == 315
     assert len({(row.input, row.output) for row in rows}) == 171
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2_1.0", "resnet34", "resnet50", "vgg19"])
+def test_the_rows_of_layer_only(name: str) -> None:
+    found = counted(name)
+    single = [each for each in find_drops(found.all) if len(each.candidate.convs) == 1]
+    assert all(each.choice.family == "identity" for each in single)
+    convs = {each.candidate.convs[0] for each in single}
+    assert len(single) == len(convs)
+    assert len(convs & set(found.convs)) == found.layer_only
 
 
 def test_resnet34() -> None:
