@@ -108,12 +108,12 @@ class OnnxModule(nn.Module):
     @property
     def weights(self) -> dict[str, nn.Parameter]:
         """The parameters by the names that they have in the ONNX file."""
-        return {name: self.get_parameter(key) for name, key in self._weight_keys.items()}
+        return {name: getattr(self, key) for name, key in self._weight_keys.items()}
 
     @property
     def fixed(self) -> dict[str, Tensor]:
         """Float tensors of the file that are not trained: statistics and parts of formulas."""
-        return {name: self.get_buffer(key) for name, key in self._fixed_keys.items()}
+        return {name: getattr(self, key) for name, key in self._fixed_keys.items()}
 
     def forward(self, *values: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph.

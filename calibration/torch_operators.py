@@ -1,7 +1,7 @@
 """ONNX operators in torch: arithmetic, activations, reductions, normalisation.
 
-Shapes are in `torch_shapes`; convolutions, pooling, padding and resizing in `torch_windows`. Semantics are those of ONNX as
-onnxruntime has them, for every opset from 7 on.
+Shapes are in `torch_shapes`; convolutions, pooling, padding and resizing in `torch_windows`.
+Semantics are those of ONNX as onnxruntime has them, for every opset from 7 on.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def _celu(call: Call, x: Tensor) -> Tensor:
 
 @operator("Selu")
 def _selu(call: Call, x: Tensor) -> Tensor:
-    alpha = call.get("alpha", 1.67326319217681884765625)
-    gamma = call.get("gamma", 1.05070102214813232421875)
+    alpha: float = call.get("alpha", 1.67326319217681884765625)
+    gamma: float = call.get("gamma", 1.05070102214813232421875)
     return gamma * F.elu(x, alpha)
 
 
@@ -252,7 +252,8 @@ def _extreme_index(call: Call, x: Tensor) -> Tensor:
     function: Callable[..., Tensor] = torch.argmax if call.op_type == "ArgMax" else torch.argmin
     if not call.get("select_last_index", 0):
         return function(x, axis, keep)
-    return x.shape[axis] - 1 - function(x.flip(axis), axis, keep)
+    behind: Tensor = function(x.flip(axis), axis, keep)
+    return behind.neg() + (x.shape[axis] - 1)
 
 
 @operator("TopK", settings=(1,))
@@ -335,5 +336,5 @@ def _local_response_norm(call: Call, x: Tensor) -> Tensor:
     before = (size - 1) // 2
     squares = F.pad(x.square(), (0, 0) * (x.ndim - 2) + (before, size - 1 - before))
     total = squares.unfold(1, size, 1).sum(-1)
-    scale = call.get("bias", 1.0) + call.get("alpha", 1e-4) / size * total
+    scale: Tensor = call.get("bias", 1.0) + call.get("alpha", 1e-4) / size * total
     return x / scale.pow(call.get("beta", 0.75))
