@@ -115,6 +115,15 @@ class OnnxModule(nn.Module):
         """Float tensors of the file that are not trained: statistics and parts of formulas."""
         return {name: getattr(self, key) for name, key in self._fixed_keys.items()}
 
+    def readers(self, name: str) -> list[tuple[Call, int]]:
+        """The nodes that read a tensor, each with the number of the input where it does."""
+        return [
+            (step.call, index)
+            for step in self._steps
+            for index, read in enumerate(step.inputs)
+            if read == name
+        ]
+
     def forward(self, *values: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph.
 

@@ -103,7 +103,11 @@ def _mod(call: Call, a: Tensor, b: Tensor) -> Tensor:
 def _clip(call: Call, x: Tensor, least: Tensor | None = None, most: Tensor | None = None) -> Tensor:
     low = call.get("min") if least is None else least.item()
     high = call.get("max") if most is None else most.item()
-    return x if low is None and high is None else torch.clamp(x, low, high)
+    if low is None and high is None:
+        return x
+    if low is not None and high is not None and x.is_floating_point():
+        return F.hardtanh(x, low, high)  # the same in less time, forward and backward
+    return torch.clamp(x, low, high)
 
 
 @operator("LeakyRelu")
@@ -248,12 +252,14 @@ def _reduce_nothing(op_type: str, x: Tensor) -> Tensor:
 
 @operator("ArgMax", "ArgMin")
 def _extreme_index(call: Call, x: Tensor) -> Tensor:
-    axis, keep = call.get("axis", 0), bool(call.get("keepdims", 1))
+    axis: int = call.get("axis", 0)
+    keep = bool(call.get("keepdims", 1))
     function: Callable[..., Tensor] = torch.argmax if call.op_type == "ArgMax" else torch.argmin
     if not call.get("select_last_index", 0):
         return function(x, axis, keep)
     behind: Tensor = function(x.flip(axis), axis, keep)
-    return behind.neg() + (x.shape[axis] - 1)
+    last: int = x.shape[axis] - 1
+    return last - behind
 
 
 @operator("TopK", settings=(1,))
