@@ -108,7 +108,7 @@ def test_outputs_that_are_no_classes_are_compared_by_their_variance():
 
 def test_what_held_back_images_do_not_confirm_is_not_kept():
     teacher = classifier()
-    student = damaged(teacher)
+    student = damaged(teacher, 0.01)
     worse = repair(student, load(teacher), step_size=20.0)
     assert not worse.is_kept
     assert to_proto(worse.model) == to_proto(student)
