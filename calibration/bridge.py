@@ -184,9 +184,10 @@ class OnnxModule(nn.Module):
             value = values[name]
             before = _stored(value)
             assert before is not None
-            array = tensor.detach().cpu().numpy().astype(before.dtype).reshape(before.shape)
+            dtype = torch.from_numpy(np.empty(0, before.dtype)).dtype
+            array = tensor.detach().to("cpu", dtype).numpy()
             if not np.array_equal(before, array, equal_nan=True):
-                _store(value, array)
+                _store(value, array.copy())
         return model
 
 

@@ -218,8 +218,8 @@ def _logits(model: Model, name: str) -> tuple[str, bool]:
     if is_op(node, "Softmax", "LogSoftmax") and node.inputs[0] is not None:
         return node.inputs[0].name or "", True
     while node is not None and is_op(node, *_PASSES_LOGITS_ON):
-        sources = [item for item in node.inputs if item is not None and item.producer() is not None]
-        node = sources[0].producer() if sources else None
+        makers = [item.producer() for item in node.inputs if item is not None]
+        node = next((n for n in makers if n is not None and not is_op(n, "Constant")), None)
     return value.name or "", is_op(node, "Gemm", "MatMul")
 
 

@@ -105,7 +105,7 @@ def _clip(call: Call, x: Tensor, least: Tensor | None = None, most: Tensor | Non
     high = call.get("max") if most is None else most.item()
     if low is None and high is None:
         return x
-    if low is not None and high is not None and x.is_floating_point():
+    if low is not None and high is not None and low <= high and x.is_floating_point():
         return F.hardtanh(x, low, high)  # the same in less time, forward and backward
     return torch.clamp(x, low, high)
 

@@ -148,9 +148,10 @@ def test_trained_values_come_back_in_the_same_graph():
     assert to_proto(trained) == after
 
 
-def test_precision_of_training_does_not_change_the_types_of_the_file():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_precision_of_training_does_not_change_the_types_of_the_file(dtype):
     model = load(block())
-    module = bridge(model).double()
+    module = bridge(model).to(dtype)
     with torch.no_grad():
         module.weights["shared.bias"] += 1
     stored = {item.name: item.data_type for item in to_proto(module.to_model()).graph.initializer}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -503,6 +505,12 @@ def test_every_operator_is_tested_here():
         "Swish",
     }
     assert tested == OPERATORS.keys()
+
+
+def test_every_operator_is_in_the_documentation():
+    text = (Path(__file__).parent.parent / "docs" / "torch.md").read_text()
+    listed = text.split("meaning they have in each opset:")[1].split(".")[0]
+    assert {name.strip() for name in listed.split(",")} == OPERATORS.keys()
 
 
 # onnxruntime divides by the rounded size here, the standard by the size before rounding.
