@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ _BATCH = 25
 _EVALUATIONS = 8
 _HOLD_EVERY = 5  # one image of so many is held back
 _FEWEST = 2 * _HOLD_EVERY
-_WARM_UP = 0.05  # of all steps
+_WARM_UP = 10  # steps
 _DECAY = (0.9, 0.99)  # of Adam's averages of gradients and of their squares
 _SMALLEST_SCALE = 1e-2  # of a bias that is all zeros
 _STANDARD_ERRORS = 2.0
@@ -50,10 +50,17 @@ _PASSES_LOGITS_ON = ("Identity", "Reshape", "Flatten", "Squeeze", "Add")
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the training stands: steps done and planned, the last loss, the last held-back one."""
+    """Where the training stands.
+
+    Attributes:
+        step: how many steps were made.
+        part: how much of the training was over before the last of them, from 0 to 1.
+        loss: of the last step.
+        held_back: mean divergence on the held-back images when they were last looked at.
+    """
 
     step: int
-    steps: int
+    part: float
     loss: float
     held_back: float
 
@@ -110,17 +117,17 @@ def distill(
         student: the model to repair; it is not changed.
         teacher: the original, with the same inputs and outputs.
         batches: images as the models take them, by input name, samples along the first axis.
-        minutes: for everything; from the time that one step takes follows how many are made.
+        minutes: for everything; as many steps are made as fit.
         features: names of inner tensors, the same in both models, to be matched as well.
         step_size: length of a step as a part of the size of the weights of an output channel.
-        steps: make so many instead; two runs with the same number and seed are equal.
+        steps: make so many, as far as time allows; two runs of the same number and seed are equal.
         augment: show each image mirrored at random and zoomed in by up to a quarter.
         seed: of the order of the images and of what is done to them.
         device: where torch runs.
         progress: called after each step.
 
     Raises:
-        UsageError: the models differ in inputs or outputs, or the time is too short for one step.
+        UsageError: the models differ in inputs or outputs, or no time is left for training.
         DataError: fewer than 10 images, or arrays that are not equally long.
         BridgeError: a model does not run in torch.
     """
@@ -133,45 +140,64 @@ def distill(
         raise UsageError("student and teacher do not have the same inputs")
     images = _Images(batches, learner.input_names, _fixed_batch(student))
     training = _Training(learner, original, targets, features, images, device)
-    judge = _Judge(training)
-    before = judge.divergences()
-    if steps is None:
-        steps = training.count_steps(60 * minutes - (_now() - started), judge.seconds)
-    best, best_step, curve = before, 0, [(0, float(before.mean()))]
-    best_state = training.state()
+    best = _Best(_Judge(training))
+    budget = _Budget(steps, started + 60 * minutes - best.seconds)
     optimizer = _ScaledAdam(learner, step_size)
     generator = torch.Generator().manual_seed(seed)
-    at_steps = {math.ceil(steps * part / _EVALUATIONS) for part in range(1, _EVALUATIONS + 1)}
     done = 0
-    for index, rows in enumerate(images.shuffled(steps, generator)):
-        loss = training.loss(images.batch(rows, device, generator if augment else None))
-        optimizer.step(loss, _schedule(index, steps))
-        done = index + 1
-        over = _now() - started > 60 * minutes
-        if done in at_steps or over:
-            found = judge.divergences()
-            curve.append((done, float(found.mean())))
-            if found.mean() < best.mean():
-                best, best_step, best_state = found, done, training.state()
-        if progress is not None:
-            progress(Progress(done, steps, float(loss.detach()), curve[-1][1]))
-        if over:
+    for rows in images.shuffled(generator):
+        part = budget.spent(done)
+        if part >= 1.0:
             break
-    is_kept = _is_better(best, before)
-    learner.load_state_dict(best_state)
-    model = learner.to_model() if is_kept else student.clone()
-    means = float(before.mean()), float(best.mean())
-    return Distilled(model, is_kept, *means, best_step, done, tuple(curve))
+        if part * _EVALUATIONS >= len(best.curve):
+            best.look(done)
+        loss = training.loss(images.batch(rows, device, generator if augment else None))
+        optimizer.step(loss, _schedule(done, part))
+        done += 1
+        if progress is not None:
+            progress(Progress(done, part, float(loss.detach()), best.curve[-1][1]))
+    best.look(done)
+    is_kept = _is_better(best.divergences, best.before)
+    learner.load_state_dict(best.state)
+    return Distilled(
+        learner.to_model() if is_kept else student.clone(),
+        is_kept,
+        float(best.before.mean()),
+        float(best.divergences.mean()),
+        best.step,
+        done,
+        tuple(best.curve),
+    )
 
 
 _now = time.monotonic
 
 
-def _schedule(index: int, steps: int) -> float:
+class _Budget:
+    """How much of the training is over, by steps where their number is given, else by time."""
+
+    def __init__(self, steps: int | None, end: float) -> None:
+        self._steps = steps
+        self._begin, self._end = _now(), end
+        if self._begin >= end:
+            raise UsageError(
+                "no time is left for training: reading and judging the images took all of it",
+                hint="give more minutes",
+            )
+
+    def spent(self, done: int) -> float:
+        """From 0 to 1."""
+        now = _now()
+        by_time = (now - self._begin) / (self._end - self._begin)
+        if self._steps is None or by_time >= 1.0:
+            return by_time
+        return done / self._steps
+
+
+def _schedule(done: int, part: float) -> float:
     """The part of the full step size: a short rise, then half a cosine to zero."""
-    part = (index + 1) / steps
-    rise = min(1.0, part / _WARM_UP)
-    return rise * 0.5 * (1.0 + math.cos(math.pi * index / steps))
+    rise = min(1.0, (done + 1) / _WARM_UP)
+    return rise * 0.5 * (1.0 + math.cos(math.pi * part))
 
 
 def _is_better(after: Tensor, before: Tensor) -> bool:
@@ -273,30 +299,6 @@ class _Training:
         """Of the outputs alone, for each image."""
         return self._output_divergences(student, teacher)
 
-    def state(self) -> dict[str, Tensor]:
-        """A copy of the student's tensors."""
-        return {key: item.detach().clone() for key, item in self.student.state_dict().items()}
-
-    def count_steps(self, seconds: float, evaluation: float) -> int:
-        """How many steps fit, by the time that one takes which changes nothing."""
-        rows = self.images.training[: self.images.size]
-        weights = list(self.student.weights.values())
-        taken = []
-        for _ in range(2):  # the first one also makes what the others find ready
-            begin = _now()
-            loss = self.loss(self.images.batch(rows, self.device, None))
-            torch.autograd.grad(loss, weights, allow_unused=True)
-            taken.append(max(_now() - begin, 1e-9))
-        one = min(taken)
-        count = int((seconds - sum(taken) - _EVALUATIONS * evaluation) / one)
-        if count < 1:
-            needed = (sum(taken) + one + _EVALUATIONS * evaluation) / 60
-            raise UsageError(
-                f"{seconds / 60:.2g} minutes are left for training, too few for a single step",
-                hint=f"at least {needed:.2g} are needed",
-            )
-        return count
-
 
 class _Judge:
     """Divergence on the held-back images; the teacher's outputs are computed once."""
@@ -315,19 +317,41 @@ class _Judge:
             for rows in self._rows:
                 found = training.teacher(images.batch(rows, training.device, None))
                 self._expected.append({name: found[name] for name in names})
-        self.seconds = 0.0
 
     def divergences(self) -> Tensor:
         """For each image, in order, in double precision on the CPU."""
-        begin = _now()
         training = self._training
         parts = []
         with torch.no_grad():
             for rows, expected in zip(self._rows, self._expected, strict=True):
                 found = training.student(training.images.batch(rows, training.device, None))
                 parts.append(training.divergences(found, expected).double().cpu())
-        self.seconds = _now() - begin
         return torch.nan_to_num(torch.cat(parts), nan=math.inf)
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the student's tensors."""
+        state = self._training.student.state_dict()
+        return {key: item.detach().clone() for key, item in state.items()}
+
+
+class _Best:
+    """The student's best state so far, by the held-back images."""
+
+    def __init__(self, judge: _Judge) -> None:
+        self._judge = judge
+        begin = _now()
+        self.before = self.divergences = judge.divergences()
+        self.seconds = _now() - begin
+        self.step = 0
+        self.state = judge.state()
+        self.curve = [(0, float(self.before.mean()))]
+
+    def look(self, done: int) -> None:
+        """Judge the student after so many steps."""
+        found = self._judge.divergences()
+        self.curve.append((done, float(found.mean())))
+        if found.mean() < self.divergences.mean():
+            self.divergences, self.step, self.state = found, done, self._judge.state()
 
 
 # --- images -----------------------------------------------------------------------------------
@@ -365,13 +389,15 @@ class _Images:
         self.size = fixed or min(_BATCH, len(self.training))
         self.rest = len(self.held_back) % fixed if fixed else 0
 
-    def shuffled(self, steps: int, generator: torch.Generator) -> list[list[int]]:
+    def shuffled(self, generator: torch.Generator) -> Iterator[list[int]]:
         """The training images of each step: all of them before any comes again."""
         order: list[int] = []
-        while len(order) < steps * self.size:
-            picks = torch.randperm(len(self.training), generator=generator).tolist()
-            order += [self.training[pick] for pick in picks]
-        return [order[index * self.size :][: self.size] for index in range(steps)]
+        while True:
+            while len(order) < self.size:
+                picks = torch.randperm(len(self.training), generator=generator).tolist()
+                order += [self.training[pick] for pick in picks]
+            yield order[: self.size]
+            order = order[self.size :]
 
     def batch(
         self, rows: Sequence[int], device: str, generator: torch.Generator | None

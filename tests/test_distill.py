@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx
 import pytest
@@ -139,7 +141,7 @@ def test_held_back_images_are_never_trained_on():
     data = images()
     found = module._Images(data, ["x"], None)
     assert not set(found.training) & set(found.held_back)
-    steps = found.shuffled(9, torch.Generator().manual_seed(0))
+    steps = itertools.islice(found.shuffled(torch.Generator().manual_seed(0)), 9)
     drawn = [row for rows in steps for row in rows]
     assert not set(drawn) & set(found.held_back)
     assert sorted(drawn[:80]) == found.training  # each once before any comes again
@@ -153,16 +155,20 @@ def test_a_fixed_batch_is_kept_to():
 
 
 def test_time_decides_how_many_steps_are_made(monkeypatch):
-    clock = iter(range(10**6))
+    clock = itertools.count()
     monkeypatch.setattr(module, "_now", lambda: float(next(clock)))
     teacher = classifier()
     student = damaged(teacher)
-    found = repair(student, load(teacher), minutes=2, steps=None)
-    assert 20 < found.steps < 120
-    with pytest.raises(UsageError, match=r"too few for a single step \(at least .* are needed\)"):
-        repair(student, load(teacher), minutes=0.1, steps=None)
-    # Where steps take longer than they seemed to, time ends the training.
-    assert repair(student, load(teacher), minutes=0.5, steps=1000).steps < 60
+    shown = []
+    found = repair(student, load(teacher), minutes=1, steps=None, progress=shown.append)
+    assert 40 < found.steps < 60  # the clock goes on by a second with each look
+    assert [item.part for item in shown] == sorted(item.part for item in shown)
+    assert 0.9 < shown[-1].part < 1.0
+    assert len(found.curve) == 9
+    # More steps than time allows: the training ends all the same.
+    assert repair(student, load(teacher), minutes=1, steps=1000).steps < 60
+    with pytest.raises(UsageError, match="no time is left for training"):
+        repair(student, load(teacher), minutes=0.01)
 
 
 def test_images_are_mirrored_and_zoomed_into():
