@@ -14,7 +14,7 @@ spelled-out hard-swish), which belong to the formula.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -216,7 +216,8 @@ def bridge(
     values = values_by_name(graph)
     wanted = _find(values, outputs, [value.name or "" for value in graph.outputs])
     fed = _find(values, inputs, [])
-    nodes = _between(graph, {values[name] for name in fed}, [values[name] for name in wanted])
+    exits = {values[name] for name in wanted}
+    nodes = _between(graph, {values[name] for name in fed}, exits)
     needed = _graph_inputs(graph, nodes, wanted)
     open_inputs = [name for name in needed if name not in fed]
     if inputs is None:
@@ -229,9 +230,9 @@ def bridge(
         )
     state = State()
     opset = Graph(model, {}).opset
-    calls = {node: _call(node, opset, state) for node in nodes}
+    calls = {node: _call(node, opset, state, exits) for node in nodes}
     _refuse(calls, opset)
-    tensors = _collect(calls, [values[name] for name in wanted], set(fed))
+    tensors = _collect(calls, exits, set(fed))
     return OnnxModule(
         _Source(model.clone()),
         list(_steps(calls, set(wanted), set(fed))),
@@ -255,7 +256,7 @@ def _find(
     return chosen
 
 
-def _between(graph: ir.Graph, entries: set[ir.Value], exits: Sequence[ir.Value]) -> list[ir.Node]:
+def _between(graph: ir.Graph, entries: set[ir.Value], exits: Iterable[ir.Value]) -> list[ir.Node]:
     """Nodes that the exits are computed from, back to the entries, in execution order."""
     found: set[ir.Node] = set()
     stack = list(exits)
@@ -286,25 +287,26 @@ def _is_constant_node(node: ir.Node | None) -> bool:
 # --- nodes ------------------------------------------------------------------------------------
 
 
-def _call(node: ir.Node, opset: int, state: State) -> Call:
+def _call(node: ir.Node, opset: int, state: State, exits: set[ir.Value]) -> Call:
     return Call(
         node.op_type,
         opset,
         {attr.name: _attribute_value(attr) for attr in node.attributes.values()},
         tuple(value is not None for value in node.inputs),
-        tuple(_name(value) if _is_read(value) else "" for value in node.outputs),
+        tuple(
+            _name(value) if value.uses() or value.is_graph_output() or value in exits else ""
+            for value in node.outputs
+        ),
         state,
     )
 
 
-def _is_read(value: ir.Value) -> bool:
-    return bool(value.uses()) or value.is_graph_output()
-
-
 def _attribute_value(attr: ir.Attr) -> Any:
-    if attr.type == ir.AttributeType.TENSOR:
-        return _torch_tensor(attr.as_tensor().numpy())
-    return attr.value
+    if attr.type != ir.AttributeType.TENSOR:
+        return attr.value
+    array = attr.as_tensor().numpy()
+    # What torch does not have is for the operator to refuse.
+    return _torch_tensor(array) if array.dtype.char in _NUMPY_TYPES else array
 
 
 def _refuse(calls: Mapping[ir.Node, Call], opset: int) -> None:
@@ -373,7 +375,7 @@ class _Tensors:
     numbers: dict[str, Tensor]
 
 
-def _collect(calls: Mapping[ir.Node, Call], exposed: Sequence[ir.Value], fed: set[str]) -> _Tensors:
+def _collect(calls: Mapping[ir.Node, Call], exposed: Iterable[ir.Value], fed: set[str]) -> _Tensors:
     """Find the constants that the nodes read, and what each is for.
 
     A tensor that serves two ends is trained only if both would have it trained: an exporter may

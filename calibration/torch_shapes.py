@@ -149,7 +149,13 @@ def _cast_like(_: Call, x: Tensor, other: Tensor) -> Tensor:
     return x.to(other.dtype)
 
 
-@operator("ConstantOfShape", settings=(0,))
+def _refuse_unknown_filling(call: Call) -> str | None:
+    value = call.get("value")
+    known = value is None or isinstance(value, Tensor)
+    return None if known else f"element type {value.dtype} is not supported"
+
+
+@operator("ConstantOfShape", settings=(0,), refuses=_refuse_unknown_filling)
 def _constant_of_shape(call: Call, shape: Tensor) -> Tensor:
     value = call.get("value")
     value = torch.zeros(1) if value is None else value

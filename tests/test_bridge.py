@@ -183,6 +183,15 @@ def test_a_part_between_inner_tensors():
     assert changed == {"beta_2"}
 
 
+def test_a_second_output_that_nothing_reads_can_be_asked_for():
+    build = ModelBuilder([2, 4])
+    scale = build.constant(nonzero(build.rng, 4))
+    build.op("LayerNormalization", "x", scale, outputs=["y", "mean"])
+    module = bridge(load(build.model("y")), outputs=["mean"])
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(module(x)["mean"], x.mean(1, keepdim=True))
+
+
 def test_what_is_fed_stays_as_fed():
     build = ModelBuilder([2, 4])
     build.op("Split", "x", outputs=["a", "b"], axis=1)
@@ -246,6 +255,21 @@ def test_everything_unsupported_is_listed_at_once():
     with pytest.raises(BridgeError, match=r"my\.domain\.Fancy: not supported: own"):
         bridge(model, outputs=["f"])
     assert bridge(model, inputs=["chosen", "d1"]).output_names == ("y",)
+
+
+def test_types_that_torch_does_not_have_here_are_refused():
+    build = ModelBuilder([2, 3])
+    value = helper.make_tensor("value", TensorProto.BFLOAT16, [1], [1.0])
+    build.op("ConstantOfShape", build.op("Shape", "x"), out="filled", value=value)
+    weight = helper.make_tensor("weight", TensorProto.UINT16, [3], [1, 2, 3])
+    build.initializers.append(weight)
+    build.op("Cast", "weight", out="cast", to=TensorProto.FLOAT)
+    build.op("Add", "x", "cast", out="y")
+    model = load(build.model("y"))
+    with pytest.raises(BridgeError, match="weight: element type uint16"):
+        bridge(model)
+    with pytest.raises(BridgeError, match="ConstantOfShape: element type bfloat16"):
+        bridge(model, outputs=["filled"])
 
 
 def test_old_opsets_are_refused():
