@@ -61,7 +61,8 @@ def optimize(
             the cheapest is chosen.
         latency: a latency table (see `profile`); it alone decides on loose merges it knows.
         input_shapes: sizes of inputs that the model leaves open, by name ("" for the only one).
-        inputs: feeds by input name to verify on; random ones by default.
+        inputs: feeds by input name to verify on, random ones by default; those that a plan's
+            `quantize` is calibrated and judged on.
         tolerance: largest accepted error relative to max|y|.
         verify: compare the folded network with the plan's reference network.
         require_verify: fail where onnxruntime cannot run the model.
@@ -78,7 +79,14 @@ def optimize(
         ModelError, UsageError: bad input.
     """
     from graphfold.optimizer import load_any, no_collection, optimize_model
+    from graphfold.plan import read_plan
 
+    quantize = None
+    if inputs is not None and plan is not None and read_plan(plan).quantize is not None:
+        from graphfold.calibration.planned import quantizing
+
+        inputs = list(inputs)
+        quantize = quantizing(inputs)
     with no_collection():
         return optimize_model(
             load_any(model),
@@ -95,6 +103,7 @@ def optimize(
             verify=verify,
             require_verify=require_verify,
             strip_metadata=strip_metadata,
+            quantize=quantize,
             progress=progress,
         )
 

@@ -20,6 +20,7 @@ from graphfold.measures import LatencyTable, check_names, read_latency
 from graphfold.model import Model, compare_interfaces, load, to_proto
 from graphfold.plan import Plan, PlanSource, read_plan
 from graphfold.prices import Prices
+from graphfold.quantization import Quantized, QuantizeFunction, check_can_quantize
 from graphfold.reference import Reference, build_reference
 from graphfold.report import Report, build_report, snapshot
 from graphfold.rewrite import (
@@ -46,7 +47,7 @@ class Result:
     """What `optimize` returns.
 
     Attributes:
-        folded: the folded network.
+        folded: the folded network, in INT8 where the plan says so.
         reference: the plan's semantics with nothing merged; the input where there is no plan.
     """
 
@@ -119,6 +120,7 @@ def optimize_model(
     verify: bool = True,
     require_verify: bool = False,
     strip_metadata: bool = False,
+    quantize: QuantizeFunction | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Apply a plan to a loaded model, fold, verify; see `graphfold.optimize`."""
@@ -140,6 +142,7 @@ def optimize_model(
             verify=verify,
             require_verify=require_verify,
             strip_metadata=strip_metadata,
+            quantize=quantize,
             progress=progress,
         )
 
@@ -160,11 +163,13 @@ def _optimize(
     verify: bool,
     require_verify: bool,
     strip_metadata: bool,
+    quantize: QuantizeFunction | None,
     progress: Progress | None,
 ) -> Result:
     clock = _Clock()
     chosen = select_passes(passes, skip_passes)
     parsed = None if plan is None else read_plan(plan)
+    check_can_quantize(parsed, quantize)
     with clock.stage("reference", progress):
         reference = _located(plan, source, parsed, chosen, allow_other_model, progress)
     with clock.stage("fold", progress):
@@ -195,6 +200,10 @@ def _optimize(
                 unlimited=require_verify,
             )
         _refuse_failure(verification, require_verify)
+    quantized = None
+    if parsed is not None and parsed.quantize is not None and quantize is not None:
+        with clock.stage("quantize", progress), _naming(plan):
+            quantized = quantize(folded, parsed.quantize)
 
     def gather() -> Report:
         with (
@@ -210,11 +219,13 @@ def _optimize(
                 parsed,
                 statistics,
                 verification,
+                quantized,
                 clock,
                 input_shapes,
             )
 
-    return Result(folded, reference.model, gather)
+    result = folded if quantized is None else quantized.model
+    return Result(result, reference.model, gather)
 
 
 def _prices(latency: str | os.PathLike[str] | LatencyTable, reference: Reference) -> Prices:
@@ -238,10 +249,17 @@ def _located(
     progress: Progress | None,
 ) -> Reference:
     """Build the reference network; errors of a plan file name the file."""
-    try:
+    with _naming(plan):
         return build_reference(
             source, parsed, chosen, allow_other_model=allow_other_model, progress=progress
         )
+
+
+@contextmanager
+def _naming(plan: PlanSource | None) -> Iterator[None]:
+    """Let errors of a plan file name the file."""
+    try:
+        yield
     except PlanError as error:
         if isinstance(plan, (str, os.PathLike)):
             raise PlanError(error.problems, where=str(plan)) from None
@@ -335,6 +353,7 @@ def _report(
     parsed: Plan | None,
     statistics: Sequence[PassStatistics],
     verification: Verification | None,
+    quantized: Quantized | None,
     clock: _Clock,
     input_shapes: Mapping[str, Sequence[int]] | None,
 ) -> Report:
@@ -349,6 +368,7 @@ def _report(
         every,
         verification,
         clock.seconds,
+        quantized=quantized,
         model=None if source.path is None else str(source.path),
         plan=str(plan) if isinstance(plan, (str, Path)) else None,
         plan_digest=None if parsed is None else parsed.digest,
