@@ -2,8 +2,9 @@
 
 Every scheme is judged by what it does to the outputs on images that were not calibrated on. First
 the calibrations are compared. Under the best one, runs of neighbouring operators are left in
-float in turn, then, where that helps most, single operators. Those that help are kept in float
-one after the other, each only if the damage measured with all before it falls by a good part, and
+float in turn, then, where that helps most, single operators and pairs of neighbours (a tensor is in
+float only where both who makes and who reads it are). Those that help are kept in float one after
+the other, each only if the damage measured with all before it falls by a good part, and
 as long as they are few: float operators are what INT8 was to be quicker than.
 """
 
@@ -31,12 +32,14 @@ DEFAULT_CALIBRATIONS = (
     *(Calibration("percentile", percentile) for percentile in PERCENTILES),
     Calibration("entropy"),
 )
-# Of the damage without any operator in float: what leaving one more has to save.
+# Of the damage without any operator in float: what leaving one more has to save, whatever it
+# costs, and in addition per share of the multiply-adds, which take three times as long in float.
 _WORTHWHILE = 0.05
+_WORTHWHILE_PER_SHARE = 3.0
 # Of the network's multiply-adds: what may stay in float.
 DEFAULT_FLOAT_SHARE = 0.1
-# Groups whose members are measured one by one.
-_SPLIT_GROUPS = 3
+# Groups whose members are measured one by one and in pairs.
+_SPLIT_GROUPS = 2
 # These only move codes about: in float or not, they round nothing.
 _MOVING = frozenset(
     {
@@ -166,7 +169,7 @@ def choose_quantization(
         search.measure(Scheme(calibration, per_channel))
     if float_share > 0:
         search.leave_in_float()
-    best = search.best
+    best = search.chosen
     return QuantizationChoice(
         quantizer.quantized(best.scheme),
         best,
@@ -197,6 +200,7 @@ class _Search:
         self._largest_share = float_share
         self._deadline = math.inf if time_budget is None else time.monotonic() + time_budget
         self._report = report
+        self._kept: tuple[str, ...] = ()
         self.trials: dict[Scheme, Trial] = {}
         shapes = {name: array.shape for name, array in (feeds[0] if feeds else {}).items()}
         cost = analyze(Graph(quantizer.model), input_shapes=shapes)
@@ -208,12 +212,10 @@ class _Search:
         return time.monotonic() > self._deadline
 
     @property
-    def best(self) -> Trial:
-        """The least damage; of equals, the first measured, which has less in float."""
-        allowed = [
-            trial for trial in self.trials.values() if trial.float_share <= self._largest_share
-        ]
-        return min(allowed, key=lambda trial: trial.damage.value)
+    def chosen(self) -> Trial:
+        """The least damage with exactly those operators in float that are worth it."""
+        found = [trial for trial in self.trials.values() if trial.scheme.keep_float == self._kept]
+        return min(found, key=lambda trial: trial.damage.value)
 
     def measure(self, scheme: Scheme) -> Trial:
         if scheme not in self.trials:
@@ -225,40 +227,48 @@ class _Search:
 
     def leave_in_float(self) -> None:
         """Look for the operators that are worth being left in float, and keep them there."""
-        base = self.best
-        found: list[tuple[float, int, str]] = []
-        for number, name in enumerate(self._promising(base)):
+        base = self.chosen
+        found: list[tuple[float, int, tuple[str, ...]]] = []
+        for number, names in enumerate(self._promising(base)):
             if self.is_late:
                 return
-            trial = self.measure(replace(base.scheme, keep_float=(name,)))
+            trial = self.measure(replace(base.scheme, keep_float=names))
             if trial.damage.value < base.damage.value:
-                found.append((trial.damage.value, number, name))
+                found.append((trial.damage.value, number, names))
         current = base
-        for _, _, name in sorted(found):
-            scheme = replace(base.scheme, keep_float=(*current.scheme.keep_float, name))
+        for _, _, names in sorted(found):
+            kept = tuple(dict.fromkeys((*current.scheme.keep_float, *names)))
+            scheme = replace(base.scheme, keep_float=kept)
             if self.is_late or self._share(scheme.keep_float) > self._largest_share:
                 continue
             trial = self.measure(scheme)
             saved = current.damage.value - trial.damage.value
-            if saved >= _WORTHWHILE * base.damage.value:
+            share = trial.float_share - current.float_share
+            wanted = _WORTHWHILE + _WORTHWHILE_PER_SHARE * share
+            if saved >= wanted * base.damage.value:
                 current = trial
+                self._kept = scheme.keep_float
         if current is not base:
             self._settle(current)
 
-    def _promising(self, base: Trial) -> list[str]:
-        """Operators of the groups of neighbours that cost most, by the tensors they make."""
+    def _promising(self, base: Trial) -> list[tuple[str, ...]]:
+        """Operators by the tensors they make: of the runs that cost most, each and in pairs."""
         names = [
             node.output[0] for node in self._quantizer.operators() if node.op_type not in _MOVING
         ]
         size = max(1, round(math.sqrt(len(names))))
-        groups = [tuple(names[start : start + size]) for start in range(0, len(names), size)]
         measured = []
-        for number, group in enumerate(groups):
+        for start in range(0, len(names), size):
             if self.is_late:
                 break
+            group = tuple(names[start : start + size])
             trial = self.measure(replace(base.scheme, keep_float=group))
-            measured.append((trial.damage.value, number, group))
-        return [name for _, _, group in sorted(measured)[:_SPLIT_GROUPS] for name in group]
+            measured.append((trial.damage.value, start))
+        worst = [start for _, start in sorted(measured)[:_SPLIT_GROUPS]]
+        places = [place for start in worst for place in range(start, start + size)]
+        singles = [(name,) for place in places for name in names[place : place + 1]]
+        pairs = [tuple(names[max(0, place - 1) : place + 1]) for place in places]
+        return list(dict.fromkeys([*singles, *pairs]))
 
     def _settle(self, current: Trial) -> None:
         """What is left in float may make another calibration the best."""

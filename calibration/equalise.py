@@ -155,7 +155,7 @@ class _Pair:
 
     @property
     def tensor(self) -> str:
-        return self.first.output[0]
+        return str(self.first.output[0])
 
 
 class _Weights:
