@@ -35,7 +35,7 @@ DEFAULT_CALIBRATIONS = (
 # Of the damage without any operator in float: what leaving one more has to save, whatever it
 # costs, and in addition per share of the multiply-adds, which take three times as long in float.
 _WORTHWHILE = 0.05
-_WORTHWHILE_PER_SHARE = 3.0
+_WORTHWHILE_PER_SHARE = 2.0
 # Of the network's multiply-adds: what may stay in float.
 DEFAULT_FLOAT_SHARE = 0.1
 # Groups whose members are measured one by one and in pairs.
@@ -267,7 +267,9 @@ class _Search:
         worst = [start for _, start in sorted(measured)[:_SPLIT_GROUPS]]
         places = [place for start in worst for place in range(start, start + size)]
         singles = [(name,) for place in places for name in names[place : place + 1]]
-        pairs = [tuple(names[max(0, place - 1) : place + 1]) for place in places]
+        # The last of a run with the first of the next one, too.
+        begins = sorted({max(0, place - 1) for place in places} | {*places})
+        pairs = [tuple(names[begin : begin + 2]) for begin in begins if begin < len(names)]
         return list(dict.fromkeys([*singles, *pairs]))
 
     def _settle(self, current: Trial) -> None:

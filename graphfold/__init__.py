@@ -15,17 +15,28 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from graphfold.calibration.choosing import QuantizationChoice
     from graphfold.calibration.latency import LatencyComparison
     from graphfold.calibration.planning import PlanResult
     from graphfold.calibration.profile import Profile
     from graphfold.inspection import Inspection
     from graphfold.measures import LatencyTable
+    from graphfold.model import Model
     from graphfold.optimizer import Result
     from graphfold.plan import PlanSource
     from graphfold.rewrite import Progress
     from graphfold.verification import Verification
 
-__all__ = ["bench", "inspect", "make_plan", "optimize", "profile", "verify"]
+__all__ = [
+    "bench",
+    "choose_quantization",
+    "inspect",
+    "make_plan",
+    "optimize",
+    "profile",
+    "quantize",
+    "verify",
+]
 
 
 def optimize(
@@ -229,3 +240,44 @@ def make_plan(model: Any, **options: Any) -> PlanResult:
     from graphfold.optimizer import load_any
 
     return choose(load_any(model), **options)
+
+
+def quantize(model: Any, batches: Iterable[Mapping[str, NDArray[Any]]], **options: Any) -> Model:
+    """A network in INT8, see `graphfold.calibration.quantize.quantize`.
+
+    Args:
+        model: in any form that `optimize` takes; folded, if it is to be.
+        batches: feeds to calibrate on, by input name.
+        options: calibration, percentile, per_channel, keep_float, progress.
+
+    Raises:
+        ModelError, DataError, UsageError, PlanError: bad input.
+    """
+    from graphfold.calibration.quantize import quantize as in_int8
+    from graphfold.optimizer import load_any
+
+    return in_int8(load_any(model), batches, **options)
+
+
+def choose_quantization(
+    model: Any,
+    calibration_batches: Iterable[Mapping[str, NDArray[Any]]],
+    judge_batches: Iterable[Mapping[str, NDArray[Any]]],
+    **options: Any,
+) -> QuantizationChoice:
+    """The calibration, and what to leave in float, with the least measured damage.
+
+    Args:
+        model: in any form that `optimize` takes; folded, if it is to be.
+        calibration_batches: feeds to calibrate on, by input name.
+        judge_batches: other feeds, to measure damage on.
+        options: calibrations, per_channel, float_share, time_budget, progress; see
+            `graphfold.calibration.choosing.choose_quantization`.
+
+    Raises:
+        ModelError, DataError: bad input.
+    """
+    from graphfold.calibration.choosing import choose_quantization as choose
+    from graphfold.optimizer import load_any
+
+    return choose(load_any(model), calibration_batches, judge_batches, **options)
