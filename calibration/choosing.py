@@ -21,6 +21,7 @@ from graphfold.calibration.quantize import Progress, Quantizer, Scheme
 from graphfold.calibration.ranges import Calibration, Feed
 from graphfold.cost import analyze
 from graphfold.graph import Graph
+from graphfold.plan import Quantize
 from graphfold.tables import Table, make_table
 
 if TYPE_CHECKING:
@@ -32,10 +33,9 @@ DEFAULT_CALIBRATIONS = (
     *(Calibration("percentile", percentile) for percentile in PERCENTILES),
     Calibration("entropy"),
 )
-# Of the damage without any operator in float: what leaving one more has to save, whatever it
-# costs, and in addition per share of the multiply-adds, which take three times as long in float.
+# Of the damage without any operator in float: what leaving one more has to save. Multiply-adds say
+# too little about what it costs (a first layer of three channels is as quick in float) to be weighed.
 _WORTHWHILE = 0.05
-_WORTHWHILE_PER_SHARE = 2.0
 # Of the network's multiply-adds: what may stay in float.
 DEFAULT_FLOAT_SHARE = 0.1
 # Groups whose members are measured one by one and in pairs.
@@ -88,6 +88,18 @@ class QuantizationChoice:
         return min(
             (trial for trial in self.trials if not trial.scheme.keep_float),
             key=lambda trial: trial.damage.value,
+        )
+
+    @property
+    def settings(self) -> Quantize:
+        """The choice as a plan states it."""
+        scheme = self.trial.scheme
+        method = scheme.calibration.method
+        return Quantize(
+            calibration=method,
+            percentile=scheme.calibration.percentile if method == "percentile" else None,
+            per_channel=scheme.per_channel,
+            keep_float=list(scheme.keep_float),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -243,9 +255,7 @@ class _Search:
                 continue
             trial = self.measure(scheme)
             saved = current.damage.value - trial.damage.value
-            share = trial.float_share - current.float_share
-            wanted = _WORTHWHILE + _WORTHWHILE_PER_SHARE * share
-            if saved >= wanted * base.damage.value:
+            if saved >= _WORTHWHILE * base.damage.value:
                 current = trial
                 self._kept = scheme.keep_float
         if current is not base:

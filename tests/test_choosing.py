@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from graphfold.calibration.choosing import QuantizationChoice, choose_quantization
 from graphfold.calibration.damage import damage_between, outputs_of
+from graphfold.calibration.planned import scheme_of
 from graphfold.calibration.ranges import Calibration
 from graphfold.errors import DataError
 from graphfold.model import load
@@ -59,6 +60,8 @@ def test_the_model_is_the_one_that_was_measured() -> None:
     judge = list(feeds(40, 1))
     damage = damage_between(outputs_of(load(fragile()), judge), outputs_of(found.model, judge))
     assert damage == found.trial.damage
+    assert scheme_of(found.settings).keep_float == found.trial.scheme.keep_float
+    assert scheme_of(found.settings).calibration == Calibration("minmax")
 
 
 def test_twice_the_same() -> None:
