@@ -33,8 +33,8 @@ DEFAULT_CALIBRATIONS = (
     *(Calibration("percentile", percentile) for percentile in PERCENTILES),
     Calibration("entropy"),
 )
-# Of the damage without any operator in float: what leaving one more has to save. Multiply-adds say
-# too little about what it costs (a first layer of three channels is as quick in float) to be weighed.
+# Of the damage without any operator in float: what leaving one more has to save. What it costs is
+# not weighed: multiply-adds say too little (a layer of three channels is as quick in float).
 _WORTHWHILE = 0.05
 # Of the network's multiply-adds: what may stay in float.
 DEFAULT_FLOAT_SHARE = 0.1
@@ -181,13 +181,13 @@ def choose_quantization(
         search.measure(Scheme(calibration, per_channel))
     if float_share > 0:
         search.leave_in_float()
-    best = search.chosen
+    best, complete = search.chosen, not search.is_late
     return QuantizationChoice(
         quantizer.quantized(best.scheme),
         best,
         tuple(search.trials.values()),
         len(feeds),
-        not search.is_late,
+        complete,
     )
 
 
