@@ -2,9 +2,9 @@
 
 The model is folded losslessly, inner channels and blocks are fitted on most of the calibration
 inputs, and from there the search walks towards faster networks (`graphfold.calibration.context`),
-in float and, where it is asked for, with the latencies that the network has in INT8. What is left of
-the inputs judges every step. The network that is chosen is built once more by `optimize`, from the
-plan that says what it is, with all inputs: so the plan file alone makes it again.
+in float and, where it is asked for, with the latencies that the network has in INT8. What is left
+of the inputs judges every step. The network that is chosen is built once more by `optimize`, from
+the plan that says what it is, with all inputs: so the plan file alone makes it again.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ _QUANTIZED_ON = 128
 # A network found in context is measured whole; so often the walk goes on where it is too slow.
 _MOST_CORRECTIONS = 4
 _LARGEST_SPEEDUP = 4.0
+# Inputs are held in memory: they are run through several times.
+_MOST_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ class AutoResult:
                 )
             )
         columns = (
-            "dtype", "speedup", "agreement", "accuracy", "damage", "PSNR", "narrowed", "dropped", "",
+            "dtype", "speedup", "agreement", "accuracy", "damage", "PSNR", "narrowed", "dropped",
+            "",
         )  # fmt: skip
         note = "On inputs that nothing was fitted on. * predicted from kernels' times."
         frontier = make_table("Frontier", columns, rows, note=note)
@@ -228,7 +231,7 @@ def auto(
     time_budget: float | None = None,
     progress: Progress | None = None,
 ) -> AutoResult:
-    """Find, build and verify the least damaged network that is fast enough, or the fastest good one.
+    """Find, build and verify a network that is as fast, or as good, as asked.
 
     Args:
         model: the model; it is not modified.
@@ -397,9 +400,7 @@ class _Run:
         return found
 
     def _as_float(self, point: Point) -> Option:
-        return Option(
-            "float32", point.state, point.speedup, point.verdict, point.predicted_damage
-        )
+        return Option("float32", point.state, point.speedup, point.verdict, point.predicted_damage)
 
     def _times(self, convert: Callable[[onnx.ModelProto], onnx.ModelProto] | None) -> NodeTimes:
         return measure_nodes(
@@ -510,7 +511,7 @@ class _Run:
         self.progress("measuring speedup", 0, 0)
         proto = self.bench.build(option.state)
         if option.quantize is not None:
-            proto = self._roughly(proto) if not option.quantize.keep_float else self._exactly(option)
+            proto = self._quantized_for_timing(proto, option.quantize)
         found = compare(
             [self.model, proto.SerializeToString()],
             names=["model", "candidate"],
@@ -529,12 +530,11 @@ class _Run:
             measured=True,
         )
 
-    def _exactly(self, option: Option) -> onnx.ModelProto:
-        assert option.quantize is not None
-        folded = adopt(self.bench.build(option.state), check=False)
-        quantizer = Quantizer(folded, [self.timed], ["minmax"])
-        settings = option.quantize.model_copy(update={"calibration": "minmax", "percentile": None})
-        return to_proto(quantizer.quantized(scheme_of(settings)))
+    def _quantized_for_timing(self, proto: onnx.ModelProto, settings: Quantize) -> onnx.ModelProto:
+        """With the ranges of one feed: latency does not depend on them."""
+        quantizer = Quantizer(adopt(proto, check=False), [self.timed], ["minmax"])
+        quick = settings.model_copy(update={"calibration": "minmax", "percentile": None})
+        return to_proto(quantizer.quantized(scheme_of(quick)))
 
     def _finish(self, goal: _Goal, chosen: Option, options: Sequence[Option]) -> AutoResult:
         import graphfold
@@ -545,9 +545,7 @@ class _Run:
             chosen = measured
         plan = plan_of(chosen, self.model)
         self.progress("building the network", 0, 0)
-        result = graphfold.optimize(
-            self.model, plan, data=self.feeds, progress=self.progress
-        )
+        result = graphfold.optimize(self.model, plan, data=self.feeds, progress=self.progress)
         final = self._judge(to_proto(result.folded))
         self._stage("building and verifying")
         return AutoResult(
@@ -610,8 +608,17 @@ def _best_hint(goal: _Goal, options: Sequence[Option]) -> str:
 
 
 def _read(data: Dataset) -> tuple[list[dict[str, NDArray[Any]]], list[NDArray[np.int64] | None]]:
-    feeds, labels = [], []
+    feeds: list[dict[str, NDArray[Any]]] = []
+    labels: list[NDArray[np.int64] | None] = []
+    size = 0
     for batch in data.batches(_BATCH):
+        size += sum(array.nbytes for array in batch.feed.values())
+        if size > _MOST_BYTES:
+            raise DataError(
+                f"more than {_MOST_BYTES >> 30} GiB of inputs",
+                where=data.name,
+                hint=f"--samples {sum(map(_samples, feeds))} takes the first of them",
+            )
         feeds.append(dict(batch.feed))
         labels.append(batch.labels)
     return feeds, labels
@@ -637,7 +644,11 @@ def _one_sample(feed: Mapping[str, NDArray[Any]], model: Model) -> dict[str, NDA
     """What latency is measured on: one sample, unless the model states its batch."""
     from graphfold.specs import model_inputs
 
-    fixed = {spec.name for spec in model_inputs(model) if isinstance((spec.shape or (None,))[0], int)}
+    fixed = {
+        spec.name
+        for spec in model_inputs(model)
+        if not spec.shape or isinstance(spec.shape[0], int)
+    }
     return {name: array if name in fixed else array[:1] for name, array in feed.items()}
 
 

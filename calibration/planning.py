@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from graphfold.calibration.latency import compare
+from graphfold.calibration.timing import as_timed
 from graphfold.errors import BudgetError, PlanError, Problem, UsageError
 from graphfold.importance import DataFree
 from graphfold.measures import ImportanceTable, LatencyTable, read_importance, read_latency
@@ -365,12 +366,13 @@ class _Chooser:
 
         header = self.latencies.header
         folded = optimize_model(self.model, plan, verify=False).folded
+        batch = header.batch or 1
         found = compare(
-            [self.model, folded],
+            as_timed([self.model, folded], header.dtype or "float32", self.input_shapes, batch),
             names=["model", "folded"],
             input_shapes=self.input_shapes,
             threads=header.threads or 1,
-            batch=header.batch or 1,
+            batch=batch,
             provider=header.provider or "CPUExecutionProvider",
             seconds=_MEASURE_SECONDS,
         )

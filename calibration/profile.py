@@ -38,6 +38,7 @@ from graphfold.tables import Table, make_table
 if TYPE_CHECKING:
     from graphfold.model import Model
 
+_DTYPES = ("float32", "int8")
 _LARGEST_CORRECTION = 0.25
 
 
@@ -107,7 +108,10 @@ class Profile:
             ("different operators measured", str(self.distinct)),
         ]
         header = self.table.header
-        note = f"{header.processor}, {header.runtime}, {header.provider}, threads {header.threads}"
+        note = (
+            f"{header.processor}, {header.runtime}, {header.provider}, threads {header.threads}, "
+            f"dtype {header.dtype}"
+        )
         return [make_table("Latency table", ("", ""), rows, note=note)]
 
 
@@ -166,7 +170,7 @@ def profile_model(
         provider: onnxruntime execution provider.
         threads: intra-op threads.
         batch: where the model leaves it open.
-        dtype: in which convolutions are computed: float32.
+        dtype: in which convolutions are computed: float32, or int8 as quantized networks do.
         input_shapes: sizes of inputs that the model leaves open, by name ("" for the only one).
         time_budget: seconds that measuring operators may take; None for as many rounds as are
             useful.
@@ -179,10 +183,10 @@ def profile_model(
         RunError: onnxruntime cannot run the model.
         OutputError: the table or its journal cannot be written.
     """
-    if dtype != "float32":
-        raise UsageError(f"dtype {dtype!r} cannot be profiled", hint="float32 can")
+    if dtype not in _DTYPES:
+        raise UsageError(f"dtype {dtype!r} cannot be profiled", hint=" and ".join(_DTYPES) + " can")
     report = progress or _no_progress
-    settings = Settings(provider, threads, batch, dict(input_shapes or {}))
+    settings = Settings(provider, threads, batch, dict(input_shapes or {}), dtype)
     timer = make_timer(model, settings)
     report("looking for candidates", 0, 0)
     graph = Graph(model)
@@ -286,7 +290,7 @@ def _header(model: Model, settings: Settings, timer: Timer) -> LatencyHeader:
         provider=settings.provider,
         threads=settings.threads,
         batch=timer.batch,
-        dtype="float32",
+        dtype=settings.dtype,
     )
 
 

@@ -23,6 +23,7 @@ from graphfold.calibration.kernels import (
     own_kernels,
     undisturbed,
 )
+from graphfold.calibration.profile import profile_model
 from graphfold.calibration.snippets import Snippets, is_hopeless
 from graphfold.calibration.timing import DeviceTimer, Settings
 from graphfold.calibration.wholes import scale_of
@@ -377,6 +378,28 @@ def test_the_command_writes_a_table(run, model, tmp_path):
     assert document["header"]["provider"] == "CPUExecutionProvider"
     assert document["header"]["model"]["name"] == "model.onnx"
     assert all(row.value >= 0 for row in table.rows)
+
+
+@pytest.mark.parametrize("profiled", [True, False])
+def test_int8_times_quantized_kernels(monkeypatch, profiled):
+    opened = []
+
+    class Watched(timing.Session):
+        def __init__(self, runnable, **options):
+            super().__init__(runnable, **options)
+            opened.append({node.op_type for node in runnable.proto.graph.node})
+
+    model = load(network())
+    settings = Settings(dtype="int8", input_shapes={"": (1, 3, 16, 16)})
+    timer = DeviceTimer(model, settings, kernels=profiled)
+    monkeypatch.setattr(timing, "Session", Watched)
+    monkeypatch.setattr(kernels, "Session", Watched)
+    found = profile_model(model, dtype="int8", time_budget=1.0, make_timer=lambda *_: timer)
+    assert found.table.header.dtype == "int8"
+    assert "dtype int8" in found.tables()[0].note
+    assert len(opened) > 2
+    assert all("QuantizeLinear" in operators for operators in opened)
+    assert all(row.value >= 0 for row in found.table.rows)
 
 
 @pytest.mark.parametrize(
