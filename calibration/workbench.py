@@ -323,9 +323,9 @@ class Workbench:
         for key, replacement in state.items():
             if replacement.family != "narrow":
                 arrays = () if replacement.family == "identity" else self._fit(key, replacement)
-                replace_segment(
-                    graph, values[key[0]], values[key[1]], self.segments[key], replacement, arrays
-                )
+                # What was replaced before may stand at this one's ends.
+                source, output = (graph.current(values[name]) for name in key)
+                replace_segment(graph, source, output, self.segments[key], replacement, arrays)
         narrowed = {key for key, each in state.items() if each.family == "narrow"}
         if not narrowed:
             return

@@ -352,6 +352,7 @@ def _segment_contradictions(path: str, segment: Segment) -> Iterable[Problem]:
 def _fitted_contradictions(path: str, segment: Segment) -> Iterable[Problem]:
     if segment.family == "identity":
         yield Problem(f"{path}.weights", "what is dropped has no weights", "leave weights out")
+        return
     for key in ("boundary", "activation", "remove_activations", "norm"):
         if getattr(segment, key) is not None:
             yield Problem(f"{path}.{key}", "belongs to weights: merge")
