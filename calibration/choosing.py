@@ -243,7 +243,7 @@ class _Search:
         found: list[tuple[float, int, tuple[str, ...]]] = []
         for number, names in enumerate(self._promising(base)):
             if self.is_late:
-                return
+                break
             trial = self.measure(replace(base.scheme, keep_float=names))
             if trial.damage.value < base.damage.value:
                 found.append((trial.damage.value, number, names))
@@ -251,7 +251,8 @@ class _Search:
         for _, _, names in sorted(found):
             kept = tuple(dict.fromkeys((*current.scheme.keep_float, *names)))
             scheme = replace(base.scheme, keep_float=kept)
-            if self.is_late or self._share(scheme.keep_float) > self._largest_share:
+            is_known = scheme in self.trials  # costs no more time
+            if self._share(kept) > self._largest_share or (self.is_late and not is_known):
                 continue
             trial = self.measure(scheme)
             saved = current.damage.value - trial.damage.value
@@ -280,7 +281,8 @@ class _Search:
         # The last of a run with the first of the next one, too.
         begins = sorted({max(0, place - 1) for place in places} | {*places})
         pairs = [tuple(names[begin : begin + 2]) for begin in begins if begin < len(names)]
-        return list(dict.fromkeys([*singles, *pairs]))
+        # Pairs first: where time ends the search, they are what helps more.
+        return list(dict.fromkeys([*pairs, *singles]))
 
     def _settle(self, current: Trial) -> None:
         """What is left in float may make another calibration the best."""

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # A channel with less than 1/16 of the largest one's range has 4 of 8 bits left.
 DEMANDED_RATIO = 16.0
+# Of the largest range: below it a channel is dead, as training leaves many, and counts as zeros.
+_DEAD = 1e-4
 _SWEEPS = 8
 
 
@@ -41,9 +43,9 @@ class WeightRange:
 
     Attributes:
         tensor: what it makes.
-        outputs: largest over smallest range of an output channel's weights; channels of zeros do
-            not count. With a scale per channel it costs nothing in the weights, but it shows what
-            the activation behind, which has one scale, is like.
+        outputs: largest over smallest range of an output channel's weights; channels of zeros, or
+            nearly, do not count. With a scale per channel it costs nothing in the weights, but it
+            shows what the activation behind, which has one scale, is like.
         inputs: the same over input channels, which share scales in any case; 1 in depthwise ones.
     """
 
@@ -93,8 +95,12 @@ def _input_ranges(weight: NDArray[Any], group: int) -> NDArray[np.float64]:
 
 
 def _ratio(ranges: NDArray[np.float64]) -> float:
-    used = ranges[ranges > 0]
+    used = ranges[_is_alive(ranges)]
     return float(used.max() / used.min()) if used.size else 1.0
+
+
+def _is_alive(ranges: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return np.asarray((ranges > 0) & (ranges >= _DEAD * ranges.max(initial=0.0)))
 
 
 @dataclass(frozen=True)
@@ -213,7 +219,7 @@ class _Weights:
     def scale(self, pair: _Pair) -> bool:
         """Divide and multiply; False where all channels are as they should be."""
         rows, columns = self._ranges(pair)
-        used = (rows > 0) & (columns > 0)
+        used = _is_alive(rows) & _is_alive(columns)
         wanted = np.sqrt(np.where(used, rows, 1.0) / np.where(used, columns, 1.0))
         # One factor for all channels changes nothing: only what sets them apart counts.
         wanted /= np.exp(np.log(wanted[used]).mean()) if used.any() else 1.0

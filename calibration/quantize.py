@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 _OLDEST_OPSET = 13
+# IR versions: the first whose initializers are no inputs, and the one that operator set came with.
+_INPUTS_APART = 4
+_QUANTIZED_IR = 7
 # onnxruntime's mark of a model whose shapes are inferred.
 _INFERRED = ("onnx.infer", "onnxruntime.quant")
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -208,6 +211,7 @@ def prepared(model: Model) -> onnx.ModelProto:
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(to_proto(model))
+    _close_inputs(proto)
     if opset_of(proto) < _OLDEST_OPSET:
         try:
             proto = onnx.version_converter.convert_version(proto, _OLDEST_OPSET)
@@ -228,6 +232,17 @@ def prepared(model: Model) -> onnx.ModelProto:
         proto, {item.key: item.value for item in proto.metadata_props} | dict([_INFERRED])
     )
     return proto
+
+
+def _close_inputs(proto: onnx.ModelProto) -> None:
+    """Before IR version 4 every initializer is an input too, which nobody means as one."""
+    if proto.ir_version >= _INPUTS_APART:
+        return
+    constants = {item.name for item in proto.graph.initializer}
+    inputs = [item for item in proto.graph.input if item.name not in constants]
+    del proto.graph.input[:]
+    proto.graph.input.extend(inputs)
+    proto.ir_version = _QUANTIZED_IR
 
 
 def opset_of(proto: onnx.ModelProto) -> int:

@@ -11,6 +11,7 @@ import pytest
 from builders import ModelBuilder
 from numpy.typing import NDArray
 
+from graphfold.calibration import choosing
 from graphfold.calibration.choosing import QuantizationChoice, choose_quantization
 from graphfold.calibration.damage import damage_between, outputs_of
 from graphfold.calibration.planned import scheme_of
@@ -84,6 +85,14 @@ def test_a_time_budget_ends_the_search_with_the_best_so_far() -> None:
     found = choose(time_budget=0.0)
     assert not found.complete
     assert len(found.trials) == len(FEW)
+
+
+def test_what_was_measured_in_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(choosing.time, "monotonic", lambda: float(next(clock)))
+    found = choose(time_budget=5.0)
+    assert not found.complete
+    assert set(found.trial.scheme.keep_float) == {"wide", "narrow"}
 
 
 def test_a_report_shows_what_was_measured() -> None:

@@ -156,6 +156,27 @@ def test_an_old_operator_set_is_brought_up_to_date() -> None:
     assert error(model, found) < 0.02
 
 
+def test_old_models_whose_weights_are_inputs_lose_these_alone() -> None:
+    proto = network(opset=11)
+    proto.ir_version = 3
+    for item in proto.graph.initializer:
+        info = onnx.helper.make_tensor_value_info(item.name, item.data_type, item.dims)
+        proto.graph.input.append(info)
+    model = load(proto)
+    found = quantize(model, feeds())
+    assert [item.name for item in to_proto(found).graph.input] == ["x"]
+    assert error(model, found) < 0.02
+
+
+def test_weights_that_callers_may_replace_are_refused() -> None:
+    build = ModelBuilder((2, 3, 8, 8))
+    weight = build.constant(build.rng.standard_normal((4, 3, 1, 1)), "weight")
+    proto = build.model(build.conv("x", 4, weight=weight, out="y"))
+    proto.graph.input.append(onnx.helper.make_tensor_value_info("weight", 1, [4, 3, 1, 1]))
+    with pytest.raises(ModelError, match="inputs or outputs"):
+        quantize(load(proto), feeds())
+
+
 def test_twice_the_same() -> None:
     first, second = (
         to_proto(quantize(load(network()), feeds(), calibration="entropy")) for _ in range(2)
