@@ -89,7 +89,7 @@ def test_what_cannot_be_is_one_message_and_nothing_written(
 
 
 def test_the_function_takes_feeds_once() -> None:
-    result = graphfold.optimize(network(), PLAN, inputs=feeds())
+    result = graphfold.optimize(network(), PLAN, data=feeds())
     assert counts(result.folded)["QuantizeLinear"]
     assert "BatchNormalization" in counts(result.reference)
     quantized = result.report.quantized
@@ -100,7 +100,7 @@ def test_the_function_takes_feeds_once() -> None:
 
 
 def test_few_images_serve_both() -> None:
-    result = graphfold.optimize(network(), PLAN, inputs=feeds(2))
+    result = graphfold.optimize(network(), PLAN, data=feeds(2))
     quantized = result.report.quantized
     assert quantized is not None
     assert not quantized.apart
