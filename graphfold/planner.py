@@ -17,11 +17,11 @@ from graphfold import __version__
 from graphfold.assembly import assemble_plan, objective
 from graphfold.candidates import Candidate, Candidates, find_candidates
 from graphfold.choices import Choice
-from graphfold.cost import analyze
 from graphfold.cuts import CutLayout, choice_row, cut_layout, is_no_change
-from graphfold.errors import BudgetError, UsageError
+from graphfold.errors import BudgetError
 from graphfold.graph import Graph
-from graphfold.importance import Change, DataFree, Whole, data_free
+from graphfold.importance import DataFree, data_free
+from graphfold.losses import Losses
 from graphfold.measures import (
     ImportanceHeader,
     ImportanceRow,
@@ -33,6 +33,7 @@ from graphfold.measures import (
 )
 from graphfold.methods import Method, Pieces, solve
 from graphfold.plan import ModelReference, Plan
+from graphfold.reasons import why_nothing_changes
 from graphfold.segments import inverted_residuals
 from graphfold.solver import Floor, Frontier, Solution
 
@@ -98,11 +99,27 @@ class Planning:
             return self.frontier.within(budget - self.latencies.rest + _ROUNDING * budget)
         except BudgetError:
             fastest = self.point(self.frontier.fastest)
+            if not fastest.segments:
+                raise BudgetError(
+                    f"nothing can be gained: {self._why_no_gain()}",
+                    hint="`graphfold inspect --segments` lists every segment and what ends it",
+                ) from None
             raise BudgetError(
                 f"the fastest plan takes {fastest.latency:.3f} ms, {fastest.speedup:.2f} times the "
                 f"speed of the model as it is; {budget:.3f} ms was asked for",
                 hint="ask for less; `graphfold plan --frontier` lists what there is",
             ) from None
+
+    def _why_no_gain(self) -> str:
+        changes = sum(not row.unchanged for row in self.latencies.rows)
+        if changes:
+            return (
+                f"none of the {changes} replacements that were measured is faster than what it "
+                f"replaces"
+            )
+        if any(_changing(self.candidates)):
+            return "every replacement is so much larger than what it replaces that none can pay"
+        return f"no convolution can be merged or dropped: {why_nothing_changes(self.candidates)}"
 
     def plan(
         self,
@@ -190,13 +207,13 @@ def importance_without_data(
     Raises:
         UsageError: MACs depend on sizes that are not known.
     """
-    sizes = _Sizes(candidates, input_shapes)
+    losses = Losses(candidates, input_shapes)
     pairs = list(_changing(candidates))
     if latencies is not None:
         keys = {_short_key(row) for row in latencies.rows if not row.unchanged}
         pairs = [pair for pair in pairs if _short_key(choice_row(*pair)) in keys]
-    changes = [sizes.change(candidate, choice) for candidate, choice in pairs]
-    values = data_free(kind, changes, sizes.whole())
+    changes = [losses.change(candidate, choice) for candidate, choice in pairs]
+    values = data_free(kind, changes, losses.whole())
     rows = tuple(
         ImportanceRow(**_fields(candidate, choice), value=value)
         for (candidate, choice), value in zip(pairs, values, strict=True)
@@ -220,58 +237,6 @@ def _short_key(row: Row) -> tuple[object, ...]:
 def _fields(candidate: Candidate, choice: Choice) -> dict[str, Any]:
     row = choice_row(candidate, choice)
     return {name: getattr(row, name) for name in row.model_fields_set}
-
-
-class _Sizes:
-    """MACs and l1 norms of convolutions, counted once."""
-
-    def __init__(
-        self, candidates: Candidates, input_shapes: Mapping[str, Sequence[int]] | None
-    ) -> None:
-        self.candidates = candidates
-        graph = candidates.graph
-        cost = analyze(graph, input_shapes=input_shapes)
-        macs = {node.output: node.macs for node in cost.nodes}
-        self._macs: dict[str, int] = {}
-        for site in candidates.sites.convs:
-            known = macs.get(site.name)
-            if known is None:
-                raise UsageError(
-                    f"the multiply-adds of {site.name!r} depend on sizes that are not known",
-                    hint="give --input-shape",
-                )
-            self._macs[site.name] = known
-        self._l1 = {site.name: _l1(graph, site.conv.inputs[1]) for site in candidates.sites.convs}
-
-    def whole(self) -> Whole:
-        sites = self.candidates.sites
-        return Whole(
-            activations=len(sites.activations),
-            convs=len(sites.convs),
-            macs=sum(self._macs.values()),
-            l1=sum(self._l1.values()),
-        )
-
-    def change(self, candidate: Candidate, choice: Choice) -> Change:
-        last = candidate.convs[-1]
-        # MACs per output pixel are a convolution's weights.
-        weights = last.out_channels * (last.in_channels // last.groups) * int(np.prod(last.kernel))
-        pixels = self._macs[last.name] // max(1, weights)
-        width = 1 if choice.family == "depthwise" else candidate.convs[0].in_channels
-        after = pixels * last.out_channels * width * int(np.prod(choice.kernel))
-        return Change(
-            activations=len(candidate.activations),
-            convs=len(choice.removed_convs),
-            macs_before=sum(self._macs[site.name] for site in candidate.convs),
-            macs_after=after,
-            l1_removed=sum(self._l1[name] for name in choice.removed_convs),
-        )
-
-
-def _l1(graph: Graph, value: Any) -> float:
-    weight = graph.constant(value)
-    assert weight is not None
-    return float(np.abs(weight).sum(dtype=np.float64))
 
 
 def spread_over(points: Sequence[Point], count: int) -> list[Point]:
