@@ -231,6 +231,30 @@ def resnet50(size: int = 224) -> onnx.ModelProto:
     return net.model(net.classify(x))
 
 
+def segmentation_unet(size: int = 128, width: int = 16) -> onnx.ModelProto:
+    """A U-Net of pairs of 3x3 convolutions, pooling and nearest-neighbour upsampling."""
+    net = Network(size)
+
+    def pair(x: str, channels: int) -> str:
+        for _ in range(2):
+            x = net.op("Relu", net.conv_norm(x, channels, 3))
+        return x
+
+    x, skips = "x", []
+    for level in range(4):
+        x = pair(x, width << level)
+        skips.append(x)
+        x = net.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
+    x = pair(x, width << 4)
+    for level in reversed(range(4)):
+        twice = net.shared("twice", [1.0, 1.0, 2.0, 2.0])
+        x = net.conv(net.op("Resize", x, "", twice, mode="nearest"), width << level, 3, bias=True)
+        skip = skips.pop()
+        x = net.op("Concat", skip, x, channels=2 * net.channels[skip], axis=1)
+        x = pair(x, width << level)
+    return net.model(net.conv(x, 2, 1, bias=True))
+
+
 def deep(nodes: int, width: int = 8, size: int = 8) -> onnx.ModelProto:
     """Conv, BatchNormalization, Relu, Add, over and over: what an optimizer's time grows with."""
     net = Network(size, channels=width)

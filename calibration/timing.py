@@ -226,9 +226,7 @@ class DeviceTimer:
         runs = [self._whole]
         if other is not None:
             runs.append(self._session(other).prepared(self._feed))
-        repeats = [
-            max(1, round(_COMPARED_SECONDS / max(_warm_seconds(run), 1e-6))) for run in runs
-        ]
+        repeats = [max(1, round(_COMPARED_SECONDS / max(_warm_seconds(run), 1e-6))) for run in runs]
         found: list[list[float]] = [[] for _ in runs]
         begin = time.perf_counter()
         for done in range(_COMPARED_ROUNDS):

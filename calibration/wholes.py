@@ -9,6 +9,7 @@ both ends of the frontier come out as measured; the original is exact by what `r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,9 @@ def find_fastest(rows: Sequence[tuple[Row, float]], cuts: CutLayout) -> Fastest 
     """The choice of rows with the smallest sum; None where nothing is faster than no change."""
     candidates = [Candidate(row, latency, 0.0) for row, latency in rows]
     solution = solve(candidates, cuts.layout).fastest
-    if all(row.unchanged for pieces in solution.choices for row in pieces):
+    changes = any(not row.unchanged for pieces in solution.choices for row in pieces)
+    original = math.fsum(latency for row, latency in rows if row.unchanged)
+    if not changes or solution.latency >= original:
         return None
     plan = assemble_plan(solution, cuts.layout, boundary="hoist")
     return Fastest(plan, solution.latency)

@@ -33,7 +33,7 @@ from graphfold.measures import (
 )
 from graphfold.methods import Method, Pieces, solve
 from graphfold.plan import ModelReference, Plan
-from graphfold.reasons import why_nothing_changes
+from graphfold.reasons import what_ends_segments, why_nothing_changes
 from graphfold.segments import inverted_residuals
 from graphfold.solver import Floor, Frontier, Solution
 
@@ -106,7 +106,8 @@ class Planning:
                 ) from None
             raise BudgetError(
                 f"the fastest plan takes {fastest.latency:.3f} ms, {fastest.speedup:.2f} times the "
-                f"speed of the model as it is; {budget:.3f} ms was asked for",
+                f"speed of the model as it is; {budget:.3f} ms was asked for; "
+                f"{what_ends_segments(self.candidates)}",
                 hint="ask for less; `graphfold plan --frontier` lists what there is",
             ) from None
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from graphfold.candidates import Candidates, Exclusion
+from graphfold.candidates import Candidates
 from graphfold.errors import UsageError
 from graphfold.graph import Graph, is_op
 
 _QUANTIZED = ("QLinearConv", "ConvInteger")
 _SHOWN_REASONS = 3
-_NAME = re.compile(r"(?: (?:at|of))? '[^']*'")
+_NAME = re.compile(r"(?: (?:at|of))? '[^']*'|^'[^']*' ")
 
 
 def nothing_to_plan(candidates: Candidates) -> UsageError:
@@ -29,7 +28,7 @@ def nothing_to_plan(candidates: Candidates) -> UsageError:
         if count:
             return UsageError(
                 f"none of the model's {count} convolutions can be planned for: "
-                f"{_ends(candidates.excluded)}",
+                f"{what_ends_segments(candidates)}",
                 hint="`graphfold inspect` tells what it holds",
             )
         return UsageError(
@@ -54,7 +53,7 @@ def why_nothing_changes(candidates: Candidates) -> str:
     """Why no segment of a graph may become anything else."""
     unusable = unusable_convolutions(candidates).most_common()
     reasons = [f"of {count} convolutions {what}" for (what, _), count in unusable]
-    return "; ".join(reasons) or _ends(candidates.excluded)
+    return "; ".join(reasons) or what_ends_segments(candidates)
 
 
 def _why_unusable(graph: Graph, node: ir.Node) -> tuple[str, str]:
@@ -98,8 +97,8 @@ def _upstream(value: ir.Value) -> tuple[set[ir.Node], set[ir.Value]]:
     return nodes, leaves
 
 
-def _ends(excluded: Sequence[Exclusion]) -> str:
-    """What ends segments, the most frequent first; without names, so that it can be counted."""
-    counted = Counter(_NAME.sub("", each.reason) for each in excluded)
+def what_ends_segments(candidates: Candidates) -> str:
+    """What is in the way of more, the most frequent first; without names, so as to be counted."""
+    counted = Counter(_NAME.sub("", each.reason) for each in candidates.excluded)
     shown = [f"{reason} ({count})" for reason, count in counted.most_common(_SHOWN_REASONS)]
     return f"segments end where {'; '.join(shown)}" if shown else "no segment holds two"
