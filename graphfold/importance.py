@@ -66,7 +66,7 @@ class Whole:
 
     activations: int
     convs: int
-    macs: int
+    macs: float
     l1: float
 
 

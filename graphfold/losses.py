@@ -4,6 +4,8 @@ An activation belongs to the largest convolution that writes into it: through th
 block those of all its branches do. A padded convolution behind another window can stand in a
 segment only with its padding hoisted, which changes the outputs that the padding reaches; the bias
 of a pointwise convolution in front of it is repaired exactly, so that costs nothing.
+
+A layer counts by its own size and as one of many, in equal parts.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class Losses:
         self._active = {site.output for site in candidates.sites.activations}
         shapes = resolved_shapes(graph, input_shapes)
         macs = {node.output: node.macs for node in analyze(graph, shapes).nodes}
-        self._macs: dict[ConvSite, float] = {}
+        counted: dict[ConvSite, float] = {}
         for site in candidates.sites.convs:
             known = macs.get(site.name)
             if known is None:
@@ -55,8 +57,9 @@ class Losses:
                     f"the multiply-adds of {site.name!r} depend on sizes that are not known",
                     hint="give --input-shape",
                 )
-            self._macs[site] = known
-        self._l1 = {site: _l1(graph, site.conv.inputs[1]) for site in candidates.sites.convs}
+            counted[site] = known
+        self._macs = _evened(counted)
+        self._l1 = _evened({site: _l1(graph, site.conv.inputs[1]) for site in counted})
         self._reached = {site: _reached(site, shapes) for site in candidates.sites.convs}
 
     def whole(self) -> Whole:
@@ -64,8 +67,8 @@ class Losses:
         return Whole(
             activations=len(self._sites.activations),
             convs=len(self._sites.convs),
-            macs=int(sum(self._macs.values())),
-            l1=sum(self._l1.values()),
+            macs=math.fsum(self._macs.values()),
+            l1=math.fsum(self._l1.values()),
         )
 
     def change(self, candidate: Candidate, choice: Choice) -> Change:
@@ -120,6 +123,16 @@ class Losses:
             for value in node.outputs:
                 is_behind[value] = behind
         return found
+
+
+def _evened(sizes: Mapping[ConvSite, float]) -> dict[ConvSite, float]:
+    """Each layer's size and the average layer's, in equal parts; the sum is the same.
+
+    By its own size alone a depthwise convolution, which mixes all of space with a hundredth of
+    the network's multiply-adds, would be the first to go everywhere.
+    """
+    mean = math.fsum(sizes.values()) / max(1, len(sizes))
+    return {site: (size + mean) / 2 for site, size in sizes.items()}
 
 
 def _l1(graph: Graph, value: Any) -> float:
