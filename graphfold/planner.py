@@ -113,6 +113,8 @@ class Planning:
 
     def _why_no_gain(self) -> str:
         changes = sum(not row.unchanged for row in self.latencies.rows)
+        if changes == 1:
+            return "the only replacement is not faster than what it replaces"
         if changes:
             return (
                 f"none of the {changes} replacements that were measured is faster than what it "
