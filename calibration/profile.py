@@ -202,7 +202,7 @@ def profile_model(
     header = _header(model, settings, timer)
     distinct = _distinct(entries.every)
     path = None if output is None else output.with_name(f"{output.name}.partial")
-    with Journal(path, _journal_header(header, timer, distinct)) as journal:
+    with Journal(path, _journal_header(header, distinct)) as journal:
         continued = len(journal.entries.keys() & distinct.keys())
         Measuring(timer, journal, distinct, snippets.opsets, time_budget, report).run()
         report("measuring a folded network", 0, 0)
@@ -291,18 +291,16 @@ def _header(model: Model, settings: Settings, timer: Timer) -> LatencyHeader:
         threads=settings.threads,
         batch=timer.batch,
         dtype=settings.dtype,
+        inputs={name: tuple(shape) for name, shape in timer.input_shapes.items()},
     )
 
 
-def _journal_header(
-    header: LatencyHeader, timer: Timer, distinct: Mapping[str, Snippet]
-) -> dict[str, Any]:
+def _journal_header(header: LatencyHeader, distinct: Mapping[str, Snippet]) -> dict[str, Any]:
     """What must be the same for measurements to be continued; a file's name need not be."""
     stated = header.model_dump(mode="json", exclude={"created": True, "model": {"name"}})
     return {
         "graphfold_profile": 1,
         **stated,
-        "inputs": {name: list(shape) for name, shape in timer.input_shapes.items()},
         "operators": len(distinct),
     }
 

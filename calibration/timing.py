@@ -36,11 +36,16 @@ if TYPE_CHECKING:
 
 _CPU = "CPUExecutionProvider"
 _FEWEST_ROUNDS = 4
+# What takes so long in two rounds is steady enough after them.
+_FEWEST_LONG_ROUNDS = 2
+_LONG_SECONDS = 5.0
 # A longer network fills the caches by itself in one run.
 _SHORT_SECONDS = 0.05
 _WARM_UP_RUNS = 3
+_WARM_UP_SECONDS = 1.0
 _COMPARED_ROUNDS = 30
 _COMPARED_SECONDS = 0.05
+_LONGEST_COMPARISON = 10.0
 
 Run = Callable[[], object]
 
@@ -128,7 +133,7 @@ class DeviceTimer:
         self.device = platform.node() or "unknown"
         self.processor = cpu_name()
         self.runtime = f"onnxruntime {onnxruntime.__version__}"
-        self._seconds = min(_timed(self._whole) for _ in range(_WARM_UP_RUNS))
+        self._seconds = _warm_seconds(self._whole)
 
     def _typed(self, model: Model, feed: Arrays) -> Model:
         return model if self._settings.dtype == "float32" else roughly_quantized(model, feed)
@@ -225,7 +230,10 @@ class DeviceTimer:
             run()
             for _ in range(self._runs_of_whole):
                 run_whole()
-            if done >= _FEWEST_ROUNDS and time.perf_counter() - begin > seconds:
+            passed = time.perf_counter() - begin
+            if done >= _FEWEST_ROUNDS and passed > seconds:
+                return done
+            if done >= _FEWEST_LONG_ROUNDS and passed > max(seconds, _LONG_SECONDS):
                 return done
         return rounds
 
@@ -235,12 +243,15 @@ class DeviceTimer:
         if other is not None:
             typed = self._typed(other, self._feed)
             runs.append(self._session(typed).prepared(self._feed))
-        seconds = [min(_timed(run) for _ in range(_WARM_UP_RUNS)) for run in runs]
-        repeats = [max(1, round(_COMPARED_SECONDS / max(each, 1e-6))) for each in seconds]
+        repeats = [max(1, round(_COMPARED_SECONDS / max(_warm_seconds(run), 1e-6))) for run in runs]
         found: list[list[float]] = [[] for _ in runs]
-        for _ in range(_COMPARED_ROUNDS):
+        begin = time.perf_counter()
+        for done in range(_COMPARED_ROUNDS):
+            if done >= _FEWEST_ROUNDS and time.perf_counter() - begin > _LONGEST_COMPARISON:
+                break
             for run, count, times in zip(runs, repeats, found, strict=True):
-                run()
+                if self._seconds < _SHORT_SECONDS:
+                    run()  # the network before has filled the caches with its own weights
                 times += [_timed(run) for _ in range(count)]
         whole, last = undisturbed(found[0]), undisturbed(found[-1])
         return 1000 * whole, last / whole
@@ -273,6 +284,15 @@ def _made(part: Snippet) -> list[Snippet]:
 
 def _seconds(run: Run | None) -> float:
     return 0.0 if run is None else _timed(run)
+
+
+def _warm_seconds(run: Run) -> float:
+    """Seconds of the quickest of a few runs; of a long one, fewer."""
+    begin = time.perf_counter()
+    seconds = [_timed(run)]
+    while len(seconds) < _WARM_UP_RUNS and time.perf_counter() - begin < _WARM_UP_SECONDS:
+        seconds.append(_timed(run))
+    return min(seconds)
 
 
 def _timed(run: Run) -> float:

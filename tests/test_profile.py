@@ -263,6 +263,28 @@ def test_spread_above_ten_percent_is_measured_again_and_told():
     assert len(timers[0].seen) == 3 * len(set(timers[0].seen))
 
 
+def test_long_runs_are_compared_in_few_rounds(monkeypatch):
+    timer = DeviceTimer(load(network()), Settings())
+    runs = []
+    monkeypatch.setattr(timer, "_whole", lambda: runs.append(1))
+    monkeypatch.setattr(timer, "_seconds", 2 * timing._SHORT_SECONDS)
+    monkeypatch.setattr(timing, "_COMPARED_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_LONGEST_COMPARISON", 0.0)
+    assert timer.compare(None)[1] == 1
+    assert len(runs) == timing._WARM_UP_RUNS + timing._FEWEST_ROUNDS
+
+
+def test_long_rounds_are_few(monkeypatch):
+    timer = DeviceTimer(load(network()), Settings())
+    assert timer._alternate(lambda: None, lambda: None, 20, 0.0) == timing._FEWEST_ROUNDS
+    monkeypatch.setattr(timing, "_LONG_SECONDS", 0.0)
+    assert timer._alternate(lambda: None, lambda: None, 20, 0.0) == timing._FEWEST_LONG_ROUNDS
+
+
+def test_a_table_tells_the_sizes_that_it_was_measured_at():
+    assert faked().table.header.inputs == {"x": (1, 3, 16, 16)}
+
+
 def test_a_time_budget_is_shared_out(monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(measuring.time, "monotonic", lambda: clock[0])
