@@ -242,6 +242,13 @@ class Workbench:
                 progress("ordering channels", number, len(keys))
             self.narrowing(key)
 
+    def forget(self) -> None:
+        """Drop everything that was fitted."""
+        self._moments.clear()
+        self._narrowings.clear()
+        self._fits.clear()
+        self.errors.clear()
+
     def has_moments(self, key: Key) -> bool:
         """Whether anything can be fitted for a place."""
         return key in self._moments
