@@ -32,18 +32,17 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "int8", "auto"]
 
 _LARGEST_SPEEDUP = 4.0
+# A frontier need not be followed to where little more than chance is left.
+_USELESS = 0.5
 
 
 @dataclass(frozen=True)
-class AutoResult:
-    """What a run found.
+class Found:
+    """What a search found.
 
     Attributes:
-        plan: the chosen network's.
-        result: what `optimize` made of it.
-        chosen: the chosen option, its speedup measured.
-        final: against the model on the held-back inputs, as it was written; by then those
-            were fitted on, too.
+        plan: the chosen network's; None where only the frontier was asked for.
+        chosen: the option it makes, its speedup measured; None likewise.
         options: everything on the way, float first, the model itself the first.
         asked: for people.
         settings: device, threads, data.
@@ -51,10 +50,8 @@ class AutoResult:
         warnings: for the user.
     """
 
-    plan: Plan
-    result: Result
-    chosen: Option
-    final: Verdict
+    plan: Plan | None
+    chosen: Option | None
     options: tuple[Option, ...]
     asked: str
     settings: Mapping[str, Any]
@@ -62,12 +59,11 @@ class AutoResult:
     warnings: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON document of `auto --json`."""
+        """The JSON document of `plan --data --json`, and the most of `auto --json`."""
         return {
             "asked": self.asked,
-            "plan": json.loads(self.plan_text()),
-            "chosen": _option_json(self.chosen),
-            "final": self.final.to_json(),
+            "plan": None if self.plan is None else json.loads(self.plan_text()),
+            "chosen": None if self.chosen is None else _option_json(self.chosen),
             "frontier": [_option_json(each) for each in self.options],
             "settings": dict(self.settings),
             "seconds": dict(self.seconds),
@@ -75,7 +71,9 @@ class AutoResult:
         }
 
     def plan_text(self) -> str:
-        """The plan file's content."""
+        """The plan file's content; empty where there is none."""
+        if self.plan is None:
+            return ""
         return with_version(self.plan.model_dump_json(exclude_defaults=True, indent=1))
 
     def tables(self) -> list[Table]:
@@ -93,7 +91,7 @@ class AutoResult:
                     None if verdict.psnr is None else f"{verdict.psnr:.1f} dB",
                     str(sum(r.family == "narrow" for r in each.state.values())),
                     str(sum(r.family == "identity" for r in each.state.values())),
-                    "chosen" if _same(each, self.chosen) else "",
+                    "chosen" if self.chosen is not None and _same(each, self.chosen) else "",
                 )
             )
         columns = (
@@ -101,11 +99,11 @@ class AutoResult:
             "",
         )  # fmt: skip
         note = "On inputs that nothing was fitted on. * predicted from kernels' times."
-        frontier = make_table("Frontier", columns, rows, note=note)
-        summary = make_table("Result", ("", ""), list(self._summary()))
-        return [frontier, summary]
+        return [make_table("Frontier", columns, rows, note=note), *self._summary()]
 
-    def _summary(self) -> Sequence[tuple[str, str]]:
+    def _summary(self) -> list[Table]:
+        if self.chosen is None:
+            return []
         verdict = self.chosen.verdict
         rows = [
             ("asked for", self.asked),
@@ -120,14 +118,34 @@ class AutoResult:
             rows.append(("PSNR, held back", f"{verdict.psnr:.1f} dB"))
         rows.append(("largest error, of scale", f"{verdict.max_error:.3g}"))
         rows += [(f"seconds: {name}", f"{value:.0f}") for name, value in self.seconds.items()]
-        return rows
+        return [make_table("Result", ("", ""), rows)]
 
     def picture(self) -> str:
         """The frontier as an SVG: latency share against agreement (or damage)."""
         return _picture(self.options, self.chosen)
 
 
-def _picture(options: Sequence[Option], chosen: Option) -> str:
+@dataclass(frozen=True)
+class AutoResult:
+    """A search, and the network that it chose.
+
+    Attributes:
+        found: the search.
+        result: what `optimize` made of its plan.
+        final: the written network against the model, on the held-back inputs; by then those were
+            fitted on, too.
+    """
+
+    found: Found
+    result: Result
+    final: Verdict
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON document of `auto --json`."""
+        return {**self.found.to_json(), "final": self.final.to_json()}
+
+
+def _picture(options: Sequence[Option], chosen: Option | None) -> str:
     is_classifier = options[0].verdict.agreement is not None
 
     def place(option: Option) -> tuple[float, float]:
@@ -144,7 +162,8 @@ def _picture(options: Sequence[Option], chosen: Option) -> str:
     plain = [each for each in options if each.dtype == "int8" and not each.state]
     if plain:
         series.append(Series("plain INT8", [place(plain[0])], "dot"))
-    series.append(Series("chosen", [place(chosen)], "ring"))
+    if chosen is not None:
+        series.append(Series("chosen", [place(chosen)], "ring"))
     label = "agreement with the model" if is_classifier else "minus damage"
     return scatter(series, "latency, of the model's", label)
 
@@ -172,26 +191,28 @@ def _option_json(option: Option) -> dict[str, Any]:
     return found
 
 
-def auto(
+def find_plan(
     model: Model,
     data: Dataset,
     *,
     speedup: float | None = None,
     min_agreement: float | None = None,
+    frontier: bool = False,
     dtype: Dtype = "float32",
     threads: int = 1,
     provider: str = "CPUExecutionProvider",
     families: Sequence[str] = ("narrow", "identity"),
     time_budget: float | None = None,
     progress: Progress | None = None,
-) -> AutoResult:
-    """Find, build and verify a network that is as fast, or as good, as asked.
+) -> Found:
+    """Find a network that is as fast, or as good, as asked, and the plan that states it.
 
     Args:
         model: the model; it is not modified.
         data: calibration inputs, labelled or not.
         speedup: over the model as onnxruntime runs it in float.
         min_agreement: share of held-back inputs whose class must stay the same.
+        frontier: where neither is given, list what there is, up to four times the speed.
         dtype: what the result computes in; auto takes what is better.
         threads: intra-op threads that latency is measured with.
         provider: execution provider.
@@ -205,20 +226,42 @@ def auto(
         BudgetError: nothing is as fast, or as good, as asked.
         ModelError, RunError: onnxruntime cannot run or quantize the model.
     """
-    _check(speedup, min_agreement, dtype)
+    goal = _goal(speedup, min_agreement, frontier, dtype)
     explored = Exploration(
-        model,
-        data,
-        threads=threads,
-        provider=provider,
-        families=families,
-        progress=progress,
+        model, data, threads=threads, provider=provider, families=families, progress=progress
     )
-    return _Run(explored, _Goal(speedup, min_agreement), time_budget).find(dtype)
+    return _Run(explored, goal, time_budget).find(dtype)
 
 
-def _check(speedup: float | None, min_agreement: float | None, dtype: str) -> None:
-    if (speedup is None) == (min_agreement is None):
+def auto(
+    model: Model,
+    data: Dataset,
+    *,
+    speedup: float | None = None,
+    min_agreement: float | None = None,
+    dtype: Dtype = "float32",
+    threads: int = 1,
+    provider: str = "CPUExecutionProvider",
+    families: Sequence[str] = ("narrow", "identity"),
+    time_budget: float | None = None,
+    progress: Progress | None = None,
+) -> AutoResult:
+    """Find a network that is as fast, or as good, as asked, build and verify it.
+
+    Arguments and errors are those of `find_plan`.
+    """
+    goal = _goal(speedup, min_agreement, False, dtype)
+    explored = Exploration(
+        model, data, threads=threads, provider=provider, families=families, progress=progress
+    )
+    run = _Run(explored, goal, time_budget)
+    return run.built(run.find(dtype))
+
+
+def _goal(speedup: float | None, min_agreement: float | None, frontier: bool, dtype: str) -> _Goal:
+    if speedup is not None and min_agreement is not None:
+        raise UsageError("--speedup and --min-agreement contradict each other", hint="give one")
+    if speedup is None and min_agreement is None and not frontier:
         raise UsageError("how fast, or how good?", hint="one of --speedup X and --min-agreement A")
     if speedup is not None and speedup <= 1:
         raise UsageError(f"a speedup of {speedup:g} is none", hint="more than 1, for example 1.3")
@@ -226,11 +269,12 @@ def _check(speedup: float | None, min_agreement: float | None, dtype: str) -> No
         raise UsageError("an agreement is a share above 0 and at most 1", hint="for example 0.95")
     if dtype not in ("float32", "int8", "auto"):
         raise UsageError(f"--dtype {dtype!r} is not known", hint="float32, int8 or auto")
+    return _Goal(speedup, min_agreement)
 
 
 @dataclass(frozen=True)
 class _Goal:
-    """What was asked for: one of the two."""
+    """What was asked for: one of the two, or only what there is."""
 
     speedup: float | None
     min_agreement: float | None
@@ -238,13 +282,17 @@ class _Goal:
     def __str__(self) -> str:
         if self.speedup is not None:
             return f"{self.speedup:g} times as fast"
+        if self.min_agreement is None:
+            return "the frontier"
         return f"at least {100 * (self.min_agreement or 0):g} % agreement"
 
     def is_met(self, option: Option) -> bool:
         """Whether an option is good and fast enough."""
         if self.speedup is not None:
             return option.measured and option.speedup >= self.speedup
-        return (option.verdict.agreement or 0.0) >= (self.min_agreement or 0.0)
+        if self.min_agreement is None:
+            return option.verdict.agreement is None or option.verdict.agreement > _USELESS
+        return (option.verdict.agreement or 0.0) >= self.min_agreement
 
     def best(self, options: Sequence[Option]) -> Option | None:
         """The least damaged that is fast enough; the fastest that is good enough."""
@@ -265,7 +313,7 @@ class _Run:
         self._time_budget = time_budget
         self._warnings: list[str] = []
 
-    def find(self, dtype: Dtype) -> AutoResult:
+    def find(self, dtype: Dtype) -> Found:
         """The whole run."""
         explored, goal = self._exploration, self._goal
         if goal.min_agreement is not None and not explored.context.judge.is_classifier:
@@ -281,11 +329,21 @@ class _Run:
         if dtype in ("int8", "auto"):
             options += self._in_int8()
             explored.stage("searching in INT8")
-        wanted = [each for each in options if dtype != "int8" or each.dtype == "int8"]
-        chosen = goal.best(wanted)
-        if chosen is None:
-            raise BudgetError(f"no network that was found is {goal}", hint=_hint(goal, options))
-        return self._finish(chosen, options)
+        chosen = None
+        if goal.speedup is not None or goal.min_agreement is not None:
+            wanted = [each for each in options if dtype != "int8" or each.dtype == "int8"]
+            chosen = goal.best(wanted)
+            if chosen is None:
+                raise BudgetError(f"no network that was found is {goal}", hint=_hint(goal, options))
+        return Found(
+            None if chosen is None else plan_of(chosen, explored.model),
+            chosen,
+            tuple(options),
+            str(goal),
+            explored.settings,
+            explored.seconds,
+            tuple(self._warnings),
+        )
 
     def _in_int8(self) -> list[Option]:
         try:
@@ -306,28 +364,18 @@ class _Run:
             self._warnings.append("the time budget ended a search before its goal")
         return route.options
 
-    def _finish(self, chosen: Option, options: Sequence[Option]) -> AutoResult:
+    def built(self, found: Found) -> AutoResult:
+        """The chosen network, made by `optimize` from its plan and all inputs."""
         import graphfold
 
         explored = self._exploration
-        plan = plan_of(chosen, explored.model)
         explored.progress("building the network", 0, 0)
         result = graphfold.optimize(
-            explored.model, plan, data=explored.feeds, progress=explored.progress
+            explored.model, found.plan, data=explored.feeds, progress=explored.progress
         )
         final = explored.judged(to_proto(result.folded))
         explored.stage("building and verifying")
-        return AutoResult(
-            plan,
-            result,
-            chosen,
-            final,
-            tuple(options),
-            str(self._goal),
-            explored.settings,
-            explored.seconds,
-            tuple(self._warnings),
-        )
+        return AutoResult(found, result, final)
 
 
 def _hint(goal: _Goal, options: Sequence[Option]) -> str:

@@ -39,7 +39,6 @@ Progress = Callable[[str, int, int], None]
 HELD_EVERY = 5
 # More samples make a verdict no better than the walk's own steps are wide.
 _MOST_JUDGED = 200
-_BATCH = 10
 _MEASURE_SECONDS = 4.0
 _QUANTIZED_ON = 128
 # Inputs are held in memory: they are run through several times.
@@ -402,7 +401,7 @@ def _read(data: Dataset) -> tuple[list[dict[str, NDArray[Any]]], list[NDArray[np
     feeds: list[dict[str, NDArray[Any]]] = []
     labels: list[NDArray[np.int64] | None] = []
     size = 0
-    for batch in data.batches(_BATCH):
+    for batch in data.batches():
         size += sum(array.nbytes for array in batch.feed.values())
         if size > _MOST_BYTES:
             raise DataError(

@@ -60,7 +60,6 @@ RIDGE = 1e-3
 _ROWS_PER_FEATURE = 16
 _MEMORY = 2 << 30
 _LARGEST_FEATURES = 5000
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -211,15 +210,16 @@ class Workbench:
         stage: str,
         progress: Progress | None,
     ) -> None:
-        rng = np.random.default_rng(_SEED)
         moments = [Moments(job.features, job.targets) for job in jobs]
         names = list(dict.fromkeys(name for job in jobs for name in (job.read, job.target) if name))
         samples = sum(len(next(iter(feed.values()))) for feed in feeds)
+        first = 0
         for number, tensors in enumerate(captured(self.model, names, feeds, threads=threads)):
             if progress is not None:
                 progress(stage, number, len(feeds))
             for job, own in zip(jobs, moments, strict=True):
-                job.add_to(own, tensors, samples, rng)
+                job.add_to(own, tensors, samples, first)
+            first += len(next(iter(feeds[number].values())))
         for job, own in zip(jobs, moments, strict=True):
             self._moments[job.key] = own
 
@@ -440,8 +440,9 @@ class _Job:
         moments: Moments,
         tensors: Mapping[str, NDArray[Any]],
         samples: int,
-        rng: np.random.Generator,
+        first: int,
     ) -> None:
+        """Add the rows of a batch, whose first image is the `first` of all `samples`."""
         x = tensors[self.read]
         y = tensors.get(self.target) if self.target else None
         window = self.window
@@ -458,7 +459,7 @@ class _Job:
             )
         ]
         enough = -(-_ROWS_PER_FEATURE * self.features // samples)
-        places = choose_places(len(x), sizes, max(8, min(PER_IMAGE, enough)), rng)
+        places = choose_places(len(x), sizes, max(8, min(PER_IMAGE, enough)), first)
         targets = None
         if y is not None:
             index = (places[:, 0], slice(None), *places[:, 1:].T)
