@@ -37,6 +37,8 @@ _CHANNELS = 0.08
 # A change that cost so many times what was paid per millisecond is passed over for some rounds.
 _DEAR = 3.0
 _PASSED_OVER = 3
+# Samples that changes are compared on.
+_SAMPLES = 96
 _MEMORY = 1 << 30
 _MOST_POINTS = 2000
 
@@ -111,17 +113,55 @@ class Context:
         return self._borders[key]
 
     def damages(
-        self, state: State, moves: Sequence[tuple[Key, Replacement]], progress: Progress | None
+        self,
+        state: State,
+        moves: Sequence[tuple[Key, Replacement]],
+        progress: Progress | None = None,
+        *,
+        feeds: int | None = None,
     ) -> list[float]:
-        """Mean damage of networks that differ from `state` in one place each."""
+        """Mean damage of networks that differ from `state` in one place each.
+
+        Args:
+            state: the present network.
+            moves: one change for each network.
+            progress: called with (stage, done, total).
+            feeds: judge on so many of them; on all by default.
+        """
+        return self._damages(state, moves, progress, len(self.feeds) if feeds is None else feeds)[0]
+
+    def added_damages(
+        self,
+        state: State,
+        moves: Sequence[tuple[Key, Replacement]],
+        progress: Progress | None,
+        samples: int,
+    ) -> list[float]:
+        """What each move adds to the damage of `state`, on as many feeds as hold so many samples.
+
+        Differences on the same inputs need fewer of them than a damage itself.
+        """
+        counts = np.cumsum([len(next(iter(feed.values()))) for feed in self.feeds])
+        feeds = min(len(self.feeds), int(np.searchsorted(counts, samples)) + 1)
+        found, present = self._damages(state, moves, progress, feeds)
+        return [each - present for each in found]
+
+    def _damages(
+        self,
+        state: State,
+        moves: Sequence[tuple[Key, Replacement]],
+        progress: Progress | None,
+        feeds: int,
+    ) -> tuple[list[float], float]:
         sums = np.zeros(len(moves))
+        present = 0.0
         samples = 0
         names = sorted({name for key, _ in moves for name in self.border(key)})
         whole = self.bench.build(state)
-        run = run_part(_with_outputs(whole, names), self.threads)
+        run = run_part(_with_outputs(whole, [*names, *self.judge.outputs]), self.threads)
         parts: dict[tuple[Key, Replacement], onnx.ModelProto] = {}
         done = 0
-        for number, captured in self._chunks(run, names):
+        for number, captured in self._chunks(run, [*names, *self.judge.outputs], feeds):
             for index, (key, replacement) in enumerate(moves):
                 if progress is not None:
                     progress("measuring damage", done, 0)
@@ -134,16 +174,19 @@ class Context:
                 for offset, tensors in enumerate(captured):
                     found = self.judge.damages(number + offset, behind(tensors))
                     sums[index] += float(found.sum())
-            samples += sum(len(next(iter(each.values()))) for each in captured)
-        return list(sums / max(1, samples))
+            for offset, tensors in enumerate(captured):
+                own = self.judge.damages(number + offset, tensors)
+                present += float(own.sum())
+                samples += len(own)
+        return list(sums / max(1, samples)), present / max(1, samples)
 
     def _chunks(
-        self, run: Any, names: Sequence[str]
+        self, run: Any, names: Sequence[str], feeds: int
     ) -> Iterable[tuple[int, list[dict[str, NDArray[Any]]]]]:
         """Captured tensors of as many feeds as memory holds, with the number of the first."""
         chunk: list[dict[str, NDArray[Any]]] = []
         size, first = 0, 0
-        for number, feed in enumerate(self.feeds):
+        for number, feed in enumerate(self.feeds[:feeds]):
             tensors = run(feed)
             kept = {name: tensors[name] if name in tensors else feed[name] for name in names}
             bytes_of = sum(each.nbytes for each in kept.values())
@@ -232,13 +275,12 @@ class Search:
             moves = self._moves(state)
         if not moves:
             return False
-        damages = self.context.damages(
-            state, [(move.key, move.replacement) for move in moves], progress
+        added = self.context.added_damages(
+            state, [(move.key, move.replacement) for move in moves], progress, _SAMPLES
         )
-        base = present.verdict.damage
         moves = [
-            _Move(move.key, move.replacement, move.gain, damage - base)
-            for move, damage in zip(moves, damages, strict=True)
+            _Move(move.key, move.replacement, move.gain, damage)
+            for move, damage in zip(moves, added, strict=True)
         ]
         chosen = cheapest(self._alternatives(moves), wanted)
         self._remember(moves, chosen)
@@ -250,7 +292,7 @@ class Search:
                     found.pop(key, None)
         verdict = self.context.verdict(found)
         after = self.times.predict(found)
-        predicted = base + sum(move.damage for move in chosen)
+        predicted = present.verdict.damage + sum(move.damage for move in chosen)
         self.points.append(Point(found, after, self.times.whole / after, verdict, predicted))
         self._round += 1
         return bool(chosen)
