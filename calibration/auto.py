@@ -327,7 +327,7 @@ class _Run:
             options += self._walked(explored.float_route())[1:]
             explored.stage("searching in float")
         if dtype in ("int8", "auto"):
-            options += self._in_int8()
+            options += [each for each in self._in_int8() if each.measured]
             explored.stage("searching in INT8")
         chosen = None
         if goal.speedup is not None or goal.min_agreement is not None:
