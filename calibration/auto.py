@@ -15,9 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from graphfold.calibration.capture import run_part
 from graphfold.calibration.choosing import QuantizationChoice, choose_quantization
@@ -28,8 +26,9 @@ from graphfold.calibration.nodetimes import NodeTimes, measure_nodes
 from graphfold.calibration.planned import scheme_of
 from graphfold.calibration.planning import with_version
 from graphfold.calibration.quantize import Quantizer, roughly_quantized
-from graphfold.calibration.workbench import Key, Replacement, State, Workbench
-from graphfold.errors import BudgetError, DataError, ModelError, UsageError
+from graphfold.calibration.split import at_most, one_sample, read_split, samples_of
+from graphfold.calibration.workbench import Key, Replacement, State, Workbench, names_of
+from graphfold.errors import BudgetError, ModelError, UsageError
 from graphfold.model import adopt, digest, to_proto
 from graphfold.plan import ModelReference, Plan, Quantize, read_plan
 from graphfold.plot import Series, scatter
@@ -43,11 +42,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 Dtype = Literal["float32", "int8", "auto"]
 
-# Of the calibration inputs, every fifth is held back: nothing is fitted on it, it judges.
-HELD_EVERY = 5
-# More samples make a verdict no better than the walk's own steps are wide.
-_MOST_JUDGED = 200
-_BATCH = 10
 _MEASURE_SECONDS = 4.0
 _QUANTIZED_ON = 128
 # A network found in context is measured whole; so often the walk goes on where it is too slow.
@@ -322,34 +316,18 @@ class _Run:
         self.warnings: list[str] = []
         self._clock = time.monotonic()
         progress("reading data", 0, 0)
-        self.feeds, self.labels = _read(data)
-        self.fitted_on = [
-            feed for number, feed in enumerate(self.feeds) if number % HELD_EVERY != HELD_EVERY - 1
-        ]
-        held = list(range(HELD_EVERY - 1, len(self.feeds), HELD_EVERY))
-        self.held = [self.feeds[number] for number in held]
-        if not self.held or not self.fitted_on:
-            raise DataError(
-                f"{len(self.feeds)} batches of inputs are too few to fit on some and judge on "
-                "others",
-                where=data.name,
-                hint="a few hundred samples are better",
-            )
-        self.held = _at_most(self.held, _MOST_JUDGED)
-        labels = None
-        if all(each is not None for each in self.labels):
-            chosen = [self.labels[number] for number in held[: len(self.held)]]
-            labels = np.concatenate([each for each in chosen if each is not None])
+        split = read_split(data)
+        self.feeds, self.fitted_on, self.held = split.feeds, split.fitted, split.held
         progress("folding", 0, 0)
         self.folded = optimize_model(model, None, verify=False).folded
-        self.bench = Workbench(self.folded, _names_known_to(model))
-        self.context = Context(self.bench, self.held, labels)
-        self.timed = _one_sample(self.feeds[0], model)
+        self.bench = Workbench(self.folded, names_of(model))
+        self.context = Context(self.bench, self.held, split.labels)
+        self.timed = one_sample(self.feeds[0], model)
         self.settings = {
             "threads": threads,
             "provider": provider,
-            "samples": sum(_samples(feed) for feed in self.feeds),
-            "judged_on": sum(_samples(feed) for feed in self.held),
+            "samples": sum(map(samples_of, self.feeds)),
+            "judged_on": sum(map(samples_of, self.held)),
             "data": data.name,
         }
         self._stage("reading and folding")
@@ -485,7 +463,8 @@ class _Run:
     def _quantized(self, state: State, settings: Quantize | None) -> Option:
         """A network in INT8, judged against the model; its speedup still unknown."""
         folded = adopt(self.bench.build(state), check=False)
-        feeds = _at_most(self.fitted_on, _QUANTIZED_ON)
+        sizes = [samples_of(feed) for feed in self.fitted_on]
+        feeds = at_most(self.fitted_on, sizes, _QUANTIZED_ON)
         if settings is None:
             self.progress("choosing how to quantize", 0, 0)
             choice = choose_quantization(
@@ -607,43 +586,3 @@ def _best_hint(goal: _Goal, options: Sequence[Option]) -> str:
         return f"the fastest is {best.speedup:.2f} times as fast"
     good = max(options, key=lambda each: each.verdict.agreement or 0.0)
     return f"the best has {100 * (good.verdict.agreement or 0):.1f} %"
-
-
-def _read(data: Dataset) -> tuple[list[dict[str, NDArray[Any]]], list[NDArray[np.int64] | None]]:
-    feeds, labels = [], []
-    for batch in data.batches(_BATCH):
-        feeds.append(dict(batch.feed))
-        labels.append(batch.labels)
-    return feeds, labels
-
-
-def _samples(feed: Mapping[str, NDArray[Any]]) -> int:
-    return next((len(array) for array in feed.values() if array.ndim), 1)
-
-
-def _at_most(feeds: Sequence[Any], samples: int) -> list[Any]:
-    """As many feeds, from the first on, as hold so many samples."""
-    found: list[Any] = []
-    total = 0
-    for feed in feeds:
-        if total >= samples:
-            break
-        found.append(feed)
-        total += _samples(feed)
-    return found
-
-
-def _one_sample(feed: Mapping[str, NDArray[Any]], model: Model) -> dict[str, NDArray[Any]]:
-    """What latency is measured on: one sample, unless the model states its batch."""
-    from graphfold.specs import model_inputs
-
-    fixed = {spec.name for spec in model_inputs(model) if isinstance((spec.shape or (None,))[0], int)}
-    return {name: array if name in fixed else array[:1] for name, array in feed.items()}
-
-
-def _names_known_to(model: Model) -> Callable[[Key], bool]:
-    """Whether the model itself has both tensors: plans name its own."""
-    from graphfold.graph import Graph
-
-    known = Graph(model).values()
-    return lambda key: key[0] in known and key[1] in known

@@ -19,13 +19,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from graphfold.calibration.capture import Feeds, extract, run_part, tensor_types
-from graphfold.calibration.judge import Judge, Verdict
+from graphfold.calibration.judge import Judge, Tally, Verdict
 from graphfold.calibration.nodetimes import NodeTimes, step_of
 from graphfold.calibration.workbench import Key, Progress, Replacement, State, Workbench
 from graphfold.graph import consumers
@@ -114,14 +113,22 @@ class Context:
         self, state: State, moves: Sequence[tuple[Key, Replacement]], progress: Progress | None
     ) -> list[float]:
         """Mean damage of networks that differ from `state` in one place each."""
-        sums = np.zeros(len(moves))
-        samples = 0
+        return [tally.damage for tally in self.tallies(state, moves, progress)]
+
+    def tallies(
+        self, state: State, moves: Sequence[tuple[Key, Replacement]], progress: Progress | None
+    ) -> list[Tally]:
+        """Answers of networks that differ from `state` in one place each.
+
+        Only what lies behind each place is run again.
+        """
+        tallies = [Tally(self.judge) for _ in moves]
         names = sorted({name for key, _ in moves for name in self.border(key)})
         whole = self.bench.build(state)
         run = run_part(_with_outputs(whole, names), self.threads)
         parts: dict[tuple[Key, Replacement], onnx.ModelProto] = {}
         done = 0
-        for number, captured in self._chunks(run, names):
+        for captured in self._chunks(run, names):
             for index, (key, replacement) in enumerate(moves):
                 if progress is not None:
                     progress("measuring damage", done, 0)
@@ -131,29 +138,27 @@ class Context:
                     changed = self.bench.build({**state, key: replacement})
                     part = extract(changed, self.border(key), self.judge.outputs, self._types)
                 behind = run_part(part, self.threads)
-                for offset, tensors in enumerate(captured):
-                    found = self.judge.damages(number + offset, behind(tensors))
-                    sums[index] += float(found.sum())
-            samples += sum(len(next(iter(each.values()))) for each in captured)
-        return list(sums / max(1, samples))
+                for tensors in captured:
+                    tallies[index].add(behind(tensors))
+        return tallies
 
     def _chunks(
         self, run: Any, names: Sequence[str]
-    ) -> Iterable[tuple[int, list[dict[str, NDArray[Any]]]]]:
-        """Captured tensors of as many feeds as memory holds, with the number of the first."""
+    ) -> Iterable[list[dict[str, NDArray[Any]]]]:
+        """Captured tensors of as many feeds as memory holds, in order."""
         chunk: list[dict[str, NDArray[Any]]] = []
-        size, first = 0, 0
-        for number, feed in enumerate(self.feeds):
+        size = 0
+        for feed in self.feeds:
             tensors = run(feed)
             kept = {name: tensors[name] if name in tensors else feed[name] for name in names}
             bytes_of = sum(each.nbytes for each in kept.values())
             if chunk and size + bytes_of > self._memory:
-                yield first, chunk
-                chunk, size, first = [], 0, number
+                yield chunk
+                chunk, size = [], 0
             chunk.append(kept)
             size += bytes_of
         if chunk:
-            yield first, chunk
+            yield chunk
 
 
 def _with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:

@@ -21,7 +21,7 @@ from graphfold.measures import ImportanceTable, LatencyTable, read_importance, r
 from graphfold.methods import Method, Pieces
 from graphfold.model import digest
 from graphfold.plan import ModelReference, Plan
-from graphfold.planner import Planning, Point, prepare, spread_over
+from graphfold.planner import Planning, Point, is_measured, prepare, spread_over
 from graphfold.plot import Series, scatter
 from graphfold.shared_choices import shared_choices
 from graphfold.solver import Solution
@@ -185,17 +185,18 @@ def make_plan(
     _check_arguments(importance, speedup, budget, frontier, method, boundary)
     report = progress or _no_progress
     warnings: list[str] = []
+    worth = _importance(importance)
     if latency is None:
         from graphfold.calibration.profile import profile_model
 
-        profiled = profile_model(model, input_shapes=input_shapes, progress=report)
+        fitted = isinstance(worth, ImportanceTable) and is_measured(worth)
+        profiled = profile_model(model, input_shapes=input_shapes, fitted=fitted, progress=report)
         latencies, here = profiled.table, True
         warnings += profiled.warnings
     else:
         latencies = latency if isinstance(latency, LatencyTable) else read_latency(latency)
         here = False
     report("solving", 0, 0)
-    worth = _importance(importance)
     if isinstance(worth, ImportanceTable):
         latencies, worth, left_out = shared_choices(latencies, worth)
         warnings += [left_out] if left_out else []
@@ -350,6 +351,9 @@ class _Chooser:
         from graphfold.reference import build_reference
         from graphfold.rewrite import select_passes
 
+        if plan.is_fitted:
+            # A table of measured damages has no merges; what was measured could be put in place.
+            return set()
         try:
             build_reference(self.model, plan, select_passes())
         except PlanError as error:
@@ -361,10 +365,11 @@ class _Chooser:
 
     def _measure(self, plan: Plan) -> float:
         """Speedup of the folded network over the model, measured in turns."""
+        from graphfold.calibration.fitting import sketch_plan
         from graphfold.optimizer import optimize_model
 
         header = self.latencies.header
-        folded = optimize_model(self.model, plan, verify=False).folded
+        folded = optimize_model(self.model, plan, fit=sketch_plan, verify=False).folded
         found = compare(
             [self.model, folded],
             names=["model", "folded"],

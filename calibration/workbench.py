@@ -9,6 +9,7 @@ Then any combination of replacements is built in a moment.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ from graphfold.calibration.regression import (
 )
 from graphfold.candidates import Candidate, find_candidates
 from graphfold.errors import DataError
-from graphfold.graph import Graph
+from graphfold.graph import Graph, attribute, is_op
 from graphfold.model import to_proto
 from graphfold.plan import Family
 
@@ -100,6 +101,8 @@ class Segment:
         input, output: its ends.
         nodes: inside.
         stride: of input over output, per axis; empty for tensors without spatial axes.
+        reach: how far, per axis, the results of its own operators look before and behind the
+            position that they stand at.
         same: whether both ends have the same shape.
     """
 
@@ -107,6 +110,7 @@ class Segment:
     output: ir.Value
     nodes: tuple[ir.Node, ...] = field(repr=False)
     stride: tuple[int, ...]
+    reach: tuple[tuple[int, int], ...]
     channels: tuple[int, int]
     sizes: tuple[tuple[int, ...], tuple[int, ...]]
     same: bool
@@ -117,14 +121,27 @@ class Segment:
         return self.input.name or "", self.output.name or ""
 
     def window(self, kernel: Sequence[int]) -> Window:
-        """Where a convolution of this kernel reads, centred as padding SAME is."""
+        """Where a convolution of this kernel reads, in the middle of where its own operators do."""
         begins, ends = [], []
-        for size, result, taps, stride in zip(*self.sizes, kernel, self.stride, strict=True):
-            total = max(0, (result - 1) * stride + taps - size)
-            begins.append(total // 2)
-            ends.append(total - total // 2)
+        for size, result, taps, stride, (before, behind) in zip(
+            *self.sizes, kernel, self.stride, self.reach, strict=True
+        ):
+            begin = max(0, before - (before + behind + 1 - taps) // 2)
+            begins.append(begin)
+            ends.append(max(0, (result - 1) * stride + taps - size - begin))
         ones = (1,) * len(self.stride)
         return Window(tuple(kernel), self.stride, ones, tuple(begins), tuple(ends))
+
+    def takes(self, kernel: Sequence[int]) -> bool:
+        """Whether such a convolution has a result of the right size: padding cannot be negative."""
+        window = self.window(kernel)
+        found = tuple(
+            (size + begin + end - taps) // stride + 1
+            for size, taps, stride, begin, end in zip(
+                self.sizes[0], kernel, self.stride, window.begins, window.ends, strict=True
+            )
+        )
+        return found == self.sizes[1]
 
 
 class Workbench:
@@ -211,14 +228,15 @@ class Workbench:
         stage: str,
         progress: Progress | None,
     ) -> None:
-        rng = np.random.default_rng(_SEED)
+        # Positions are drawn for each place by itself: what else is fitted changes nothing.
+        draws = [np.random.default_rng([_SEED, zlib.crc32(repr(job.key).encode())]) for job in jobs]
         moments = [Moments(job.features, job.targets) for job in jobs]
         names = list(dict.fromkeys(name for job in jobs for name in (job.read, job.target) if name))
         samples = sum(len(next(iter(feed.values()))) for feed in feeds)
         for number, tensors in enumerate(captured(self.model, names, feeds, threads=threads)):
             if progress is not None:
                 progress(stage, number, len(feeds))
-            for job, own in zip(jobs, moments, strict=True):
+            for job, own, rng in zip(jobs, moments, draws, strict=True):
                 job.add_to(own, tensors, samples, rng)
         for job, own in zip(jobs, moments, strict=True):
             self._moments[job.key] = own
@@ -246,6 +264,10 @@ class Workbench:
         """Whether anything can be fitted for a place."""
         return key in self._moments
 
+    def narrow_error(self, key: Key, width: int) -> float:
+        """Share of the result's variance that is lost at a width."""
+        return self.narrowing(key).error(width)
+
     def narrowed(
         self, key: Key, width: int, weight: Matrix, bias: Matrix
     ) -> tuple[NDArray[np.intp], Matrix, Matrix]:
@@ -270,7 +292,7 @@ class Workbench:
             bias = bias_vector(self.graph, place.consumer, len(weight))
             kept, *arrays = self.narrowed(key, width, weight, bias)
             found = (kept.astype(np.float32), *(each.astype(np.float32) for each in arrays))
-            self.errors[key, replacement] = self.narrowing(key).error(width)
+            self.errors[key, replacement] = self.narrow_error(key, width)
         else:
             arrays, error = self.convolution(key, replacement)
             found = tuple(each.astype(np.float32) for each in arrays)
@@ -287,7 +309,8 @@ class Workbench:
         """
         place = self.segments[key]
         kernel = replacement.kernel or ()
-        moments = self._moments[key].part(_sub_taps(place.channels[0], self._largest[key], kernel))
+        taps = _sub_taps(place, self._largest[key], kernel)
+        moments = self._moments[key].part(taps)
         shape = (place.channels[1], -1, *kernel)
         if replacement.family == "low_rank":
             second, fit = fit_low_rank(moments, replacement.rank or 1, RIDGE)
@@ -343,10 +366,15 @@ class Workbench:
             return kept.astype(np.intp), weight.astype(np.float64), bias.astype(np.float64)
         matrix = weight_matrix(graph, place.consumer)
         vector = bias_vector(graph, place.consumer, len(matrix))
-        self.errors[place.key, replacement] = self.narrowing(place.key).error(
-            replacement.width or 0
-        )
-        return self.narrowed(place.key, replacement.width or 0, matrix, vector)
+        width = replacement.width or 0
+        self.errors[place.key, replacement] = self.narrow_error(place.key, width)
+        return self.narrowed(place.key, width, matrix, vector)
+
+
+def names_of(model: Model) -> Callable[[Key], bool]:
+    """Whether a model has both tensors of a key: plans name its own, not those of folding."""
+    known = Graph(model).values()
+    return lambda key: key[0] in known and key[1] in known
 
 
 def replace_segment(
@@ -476,11 +504,15 @@ def _fixed(sizes: Sequence[Any]) -> list[int]:
     return [size if isinstance(size, int) else 0 for size in sizes]
 
 
-def _sub_taps(channels: int, largest: Sequence[int], kernel: Sequence[int]) -> NDArray[np.intp]:
-    """Which features a smaller kernel, centred in the largest, has."""
+def _sub_taps(
+    place: Segment, largest: Sequence[int], kernel: Sequence[int]
+) -> NDArray[np.intp]:
+    """Which features of the largest kernel a smaller one has: those that it reads as well."""
+    channels = place.channels[0]
     index = np.arange(channels * math.prod(largest)).reshape(channels, *largest)
-    for axis, (large, small) in enumerate(zip(largest, kernel, strict=True)):
-        start = (large - small) // 2
+    outer, inner = place.window(largest).begins, place.window(kernel).begins
+    for axis, (begin, own, small) in enumerate(zip(outer, inner, kernel, strict=True)):
+        start = begin - own
         index = np.take(index, np.arange(start, start + small), axis=axis + 1)
     return index.ravel()
 
@@ -508,7 +540,52 @@ def _segment(graph: Graph, candidate: Candidate) -> Segment | None:
         candidate.output,
         candidate.nodes,
         tuple(stride),
+        _reach(graph, candidate, len(stride)),
         (int(before[1] or 0), int(after[1] or 0)),
         spatial,  # type: ignore[arg-type]
         before[1:] == after[1:],
     )
+
+
+def _reach(graph: Graph, candidate: Candidate, rank: int) -> tuple[tuple[int, int], ...]:
+    """Positions before and behind its own that a result of the segment depends on, per axis."""
+    nothing = ((0, 0),) * rank
+    reaches: dict[ir.Value | None, tuple[tuple[int, int], ...]] = {candidate.input: nothing}
+    strides = {candidate.input: (1,) * rank}
+    for node in candidate.nodes:
+        inside = [value for value in node.inputs if value in reaches]
+        if not inside:
+            continue
+        found = [
+            (max(one[0] for one in axis), max(one[1] for one in axis))
+            for axis in zip(*(reaches[value] for value in inside), strict=True)
+        ]
+        stride = strides[inside[0]]  # type: ignore[index]
+        if is_op(node, "Conv", "AveragePool"):
+            shape = graph.shape(node.inputs[0]) or ()
+            window = window_of(graph, node, _fixed(shape[2:]))
+            found = [
+                (before + begin * step, behind + ((taps - 1) * dilation - begin) * step)
+                for (before, behind), step, begin, taps, dilation in zip(
+                    found, stride, window.begins, window.kernel, window.dilations, strict=True
+                )
+            ]
+            stride = tuple(a * b for a, b in zip(stride, window.strides, strict=True))
+        elif is_op(node, "Pad"):
+            begins = _pad_begins(graph, node, rank)
+            found = [
+                (before + begin * step, behind - begin * step)
+                for (before, behind), step, begin in zip(found, stride, begins, strict=True)
+            ]
+        for value in node.outputs:
+            reaches[value], strides[value] = tuple(found), stride
+    return reaches.get(candidate.output, nothing)
+
+
+def _pad_begins(graph: Graph, node: ir.Node, rank: int) -> list[int]:
+    amounts = graph.constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    if amounts is None:
+        amounts = np.asarray(attribute(node, "pads", [0] * (2 * rank + 4)))
+    if amounts.size != 2 * rank + 4:
+        return [0] * rank
+    return [int(amount) for amount in amounts[2 : 2 + rank]]
