@@ -23,6 +23,7 @@ MOBILENET_V2 = (
 )
 # RepVGG-A0: channels and blocks per stage.
 REPVGG_A0 = ((48, 1), (48, 2), (96, 4), (192, 14), (1280, 1))
+VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 VGG19 = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
 VGG11 = ((64, 1), (128, 1), (256, 2), (512, 2), (512, 2))
 
@@ -167,14 +168,24 @@ def divisible(width: float, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * width else rounded
 
 
+def resnet18(size: int = 224) -> onnx.ModelProto:
+    """ResNet-18 with its normalisations."""
+    return _basic_resnet(size, (2, 2, 2, 2))
+
+
 def resnet34(size: int = 224) -> onnx.ModelProto:
     """ResNet-34 with its normalisations."""
+    return _basic_resnet(size, (3, 4, 6, 3))
+
+
+def _basic_resnet(size: int, blocks: Sequence[int]) -> onnx.ModelProto:
+    """Residual blocks of two 3x3 convolutions, in four stages."""
     net = Network(size)
     x = net.op("Relu", net.conv_norm("x", 64, 7, stride=2))
     x = net.op("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
-    for width, repeats, first in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+    for stage, (width, repeats) in enumerate(zip((64, 128, 256, 512), blocks, strict=True)):
         for index in range(repeats):
-            stride = first if index == 0 else 1
+            stride = 2 if index == 0 and stage else 1
             y = net.op("Relu", net.conv_norm(x, width, 3, stride=stride))
             y = net.norm(net.conv(y, width, 3), scale=0.2)
             if net.channels[x] != width:
@@ -183,11 +194,20 @@ def resnet34(size: int = 224) -> onnx.ModelProto:
     return net.model(net.classify(x))
 
 
+def vgg16(size: int = 224) -> onnx.ModelProto:
+    """VGG-16's convolutions with their normalisations, and one fully connected layer."""
+    return _vgg(size, VGG16)
+
+
 def vgg19(size: int = 224) -> onnx.ModelProto:
     """VGG-19's convolutions with their normalisations, and one fully connected layer."""
+    return _vgg(size, VGG19)
+
+
+def _vgg(size: int, stages: Sequence[tuple[int, int]]) -> onnx.ModelProto:
     net = Network(size)
     x = "x"
-    for width, convolutions in VGG19:
+    for width, convolutions in stages:
         for _ in range(convolutions):
             x = net.op("Relu", net.conv_norm(x, width, 3))
         x = net.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
@@ -209,6 +229,30 @@ def resnet50(size: int = 224) -> onnx.ModelProto:
                 x = net.conv_norm(x, 4 * width, 1, stride=stride, gain=1.0)
             x = net.op("Relu", net.op("Add", x, y))
     return net.model(net.classify(x))
+
+
+def segmentation_unet(size: int = 128, width: int = 16) -> onnx.ModelProto:
+    """A U-Net of pairs of 3x3 convolutions, pooling and nearest-neighbour upsampling."""
+    net = Network(size)
+
+    def pair(x: str, channels: int) -> str:
+        for _ in range(2):
+            x = net.op("Relu", net.conv_norm(x, channels, 3))
+        return x
+
+    x, skips = "x", []
+    for level in range(4):
+        x = pair(x, width << level)
+        skips.append(x)
+        x = net.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
+    x = pair(x, width << 4)
+    for level in reversed(range(4)):
+        twice = net.shared("twice", [1.0, 1.0, 2.0, 2.0])
+        x = net.conv(net.op("Resize", x, "", twice, mode="nearest"), width << level, 3, bias=True)
+        skip = skips.pop()
+        x = net.op("Concat", skip, x, channels=2 * net.channels[skip], axis=1)
+        x = pair(x, width << level)
+    return net.model(net.conv(x, 2, 1, bias=True))
 
 
 def deep(nodes: int, width: int = 8, size: int = 8) -> onnx.ModelProto:

@@ -2,9 +2,9 @@
 
 The model is folded losslessly, inner channels and blocks are fitted on most of the calibration
 inputs, and from there the search walks towards faster networks (`graphfold.calibration.context`),
-in float and, where it is asked for, with the latencies that the network has in INT8. What is left of
-the inputs judges every step. The network that is chosen is built once more by `optimize`, from the
-plan that says what it is, with all inputs: so the plan file alone makes it again.
+in float and, where it is asked for, with the latencies that the network has in INT8. What is left
+of the inputs judges every step. The network that is chosen is built once more by `optimize`, from
+the plan that says what it is, with all inputs: so the plan file alone makes it again.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ class AutoResult:
                 )
             )
         columns = (
-            "dtype", "speedup", "agreement", "accuracy", "damage", "PSNR", "narrowed", "dropped", "",
+            "dtype", "speedup", "agreement", "accuracy", "damage", "PSNR", "narrowed", "dropped",
+            "",
         )  # fmt: skip
         note = "On inputs that nothing was fitted on. * predicted from kernels' times."
         frontier = make_table("Frontier", columns, rows, note=note)
@@ -222,7 +223,7 @@ def auto(
     time_budget: float | None = None,
     progress: Progress | None = None,
 ) -> AutoResult:
-    """Find, build and verify the least damaged network that is fast enough, or the fastest good one.
+    """Find, build and verify a network that is as fast, or as good, as asked.
 
     Args:
         model: the model; it is not modified.
@@ -375,9 +376,7 @@ class _Run:
         return found
 
     def _as_float(self, point: Point) -> Option:
-        return Option(
-            "float32", point.state, point.speedup, point.verdict, point.predicted_damage
-        )
+        return Option("float32", point.state, point.speedup, point.verdict, point.predicted_damage)
 
     def _times(self, convert: Callable[[onnx.ModelProto], onnx.ModelProto] | None) -> NodeTimes:
         return measure_nodes(
@@ -419,10 +418,19 @@ class _Run:
             found.append(option(search.present))
             if goal.min_agreement is not None and not goal.is_met(found[-1]):
                 break
+        if goal.speedup is not None:
+            self._step_back(found, goal.speedup)
         if goal.min_agreement is not None:
             # From here to the best that is good enough, measured.
             found = [self._measured(each) if goal.is_met(each) else each for each in found]
         return found
+
+    def _step_back(self, found: list[Option], speedup: float) -> None:
+        """Measure what comes before the first that is fast enough: kernels alone may mislead."""
+        for number in range(len(found) - 1, 0, -1):
+            if not (found[number].measured and found[number].speedup >= speedup):
+                return
+            found[number - 1] = self._measured(found[number - 1])
 
     # INT8 -----------------------------------------------------------------------------------
 
@@ -489,7 +497,7 @@ class _Run:
         self.progress("measuring speedup", 0, 0)
         proto = self.bench.build(option.state)
         if option.quantize is not None:
-            proto = self._roughly(proto) if not option.quantize.keep_float else self._exactly(option)
+            proto = self._quantized_for_timing(proto, option.quantize)
         found = compare(
             [self.model, proto.SerializeToString()],
             names=["model", "candidate"],
@@ -508,12 +516,11 @@ class _Run:
             measured=True,
         )
 
-    def _exactly(self, option: Option) -> onnx.ModelProto:
-        assert option.quantize is not None
-        folded = adopt(self.bench.build(option.state), check=False)
-        quantizer = Quantizer(folded, [self.timed], ["minmax"])
-        settings = option.quantize.model_copy(update={"calibration": "minmax", "percentile": None})
-        return to_proto(quantizer.quantized(scheme_of(settings)))
+    def _quantized_for_timing(self, proto: onnx.ModelProto, settings: Quantize) -> onnx.ModelProto:
+        """With the ranges of one feed: latency does not depend on them."""
+        quantizer = Quantizer(adopt(proto, check=False), [self.timed], ["minmax"])
+        quick = settings.model_copy(update={"calibration": "minmax", "percentile": None})
+        return to_proto(quantizer.quantized(scheme_of(quick)))
 
     def _finish(self, goal: _Goal, chosen: Option, options: Sequence[Option]) -> AutoResult:
         import graphfold
@@ -524,9 +531,7 @@ class _Run:
             chosen = measured
         plan = plan_of(chosen, self.model)
         self.progress("building the network", 0, 0)
-        result = graphfold.optimize(
-            self.model, plan, data=self.feeds, progress=self.progress
-        )
+        result = graphfold.optimize(self.model, plan, data=self.feeds, progress=self.progress)
         final = self._judge(to_proto(result.folded))
         self._stage("building and verifying")
         return AutoResult(

@@ -142,9 +142,7 @@ class Context:
                     tallies[index].add(behind(tensors))
         return tallies
 
-    def _chunks(
-        self, run: Any, names: Sequence[str]
-    ) -> Iterable[list[dict[str, NDArray[Any]]]]:
+    def _chunks(self, run: Any, names: Sequence[str]) -> Iterable[list[dict[str, NDArray[Any]]]]:
         """Captured tensors of as many feeds as memory holds, in order."""
         chunk: list[dict[str, NDArray[Any]]] = []
         size = 0

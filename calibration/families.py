@@ -165,9 +165,7 @@ class Alternatives:
                 continue
             yield Alternative(row, place.key, replacement, snippet)
 
-    def _is_smaller(
-        self, candidate: Candidate, replacement: Replacement, snippet: Snippet
-    ) -> bool:
+    def _is_smaller(self, candidate: Candidate, replacement: Replacement, snippet: Snippet) -> bool:
         """Whether a map of low rank has fewer multiply-adds than one of full rank, which is better."""
         full = self._snippets.fitted(candidate, "dense", replacement.kernel or (), None)
         return snippet.cost < full.cost

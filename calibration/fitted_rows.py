@@ -12,16 +12,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 
 from graphfold.calibration.families import widths_of
 from graphfold.calibration.nodetimes import measure_nodes
+from graphfold.calibration.quantize import roughly_quantized
 from graphfold.calibration.sketch import Sketch
 from graphfold.calibration.workbench import Progress, Replacement, names_of
 from graphfold.cuts import CutLayout
 from graphfold.errors import Problem
 from graphfold.feeds import first_that_runs
 from graphfold.measures import LatencyRow, LatencyTable, Row
-from graphfold.model import to_proto
+from graphfold.model import adopt, to_proto
 from graphfold.runtime import Runnable, Session
 
 if TYPE_CHECKING:
@@ -102,8 +104,17 @@ def _shares(
 ) -> list[tuple[str, str, int, float]]:
     """By place and width, the share of the whole network's time that narrowing wins."""
     feed = _feed(bench, input_shapes)
+
+    def quantized(proto: onnx.ModelProto) -> onnx.ModelProto:
+        return to_proto(roughly_quantized(adopt(proto, check=False), feed))
+
     times = measure_nodes(
-        bench, feed, threads=settings.threads, provider=settings.provider, progress=progress
+        bench,
+        feed,
+        threads=settings.threads,
+        provider=settings.provider,
+        convert=quantized if settings.dtype == "int8" else None,
+        progress=progress,
     )
     whole = times.whole
     return [
@@ -116,5 +127,6 @@ def _shares(
 def _feed(bench: Sketch, input_shapes: Mapping[str, Sequence[int]]) -> dict[str, NDArray[Any]]:
     with Runnable(to_proto(bench.model).SerializeToString()) as runnable:
         session = Session(runnable, optimize=True)
-    _, feed, _ = first_that_runs(session, dict(input_shapes), 0)
+    given = {name: tuple(shape) for name, shape in input_shapes.items()}
+    _, feed, _ = first_that_runs(session, given, 0)
     return {name: np.asarray(array) for name, array in feed.items()}

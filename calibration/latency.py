@@ -39,6 +39,7 @@ _SMALLEST_SHARE = 0.9
 _WARM_UP_RUNS = 3
 _WARM_UP_SECONDS = 0.2
 _PROFILED_RUNS = 20
+_FEWEST_ROUNDS = 5
 
 Progress = Callable[[str, int, int], None]
 
@@ -201,7 +202,7 @@ def compare(
             that the first model runs.
         threads: intra-op threads of each session; spinning is off.
         provider: onnxruntime execution provider.
-        rounds: alternating rounds.
+        rounds: alternating rounds; fewer where they take much longer than `seconds`.
         seconds: time to measure, all models together.
         operators: also time each operator, in sessions of their own.
         blocks: also time the first model's blocks in all models, in sessions of their own and for
@@ -249,7 +250,7 @@ def compare(
     return LatencyComparison(
         models=measured,
         environment=environment(threads, provider, feed),
-        rounds=rounds,
+        rounds=len(timings[0].rounds),
         warnings=tuple(_warnings(measured)),
         blocks=found,
     )
@@ -300,8 +301,11 @@ def _measure(
         once = _warm_up(run)
         repeats.append(max(1, round(seconds / (rounds * len(runs) * once))))
     timings = [_Timing() for _ in runs]
+    started = time.perf_counter()
     with _no_garbage_collection():
         for number in range(rounds):
+            if number >= _FEWEST_ROUNDS and time.perf_counter() - started > 2 * seconds:
+                break  # of long runs, fewer rounds tell as much
             progress("measuring", number, rounds)
             for offset in range(len(runs)):
                 index = (number + offset) % len(runs)  # nobody is always first

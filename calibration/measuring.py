@@ -13,7 +13,7 @@ from graphfold.calibration.timing import Sample, Timer
 Progress = Callable[[str, int, int], None]
 
 _MOST_IN_A_BATCH = 24
-_MOST_BYTES_IN_A_BATCH = 1 << 26
+_MOST_BYTES_IN_A_BATCH = 1 << 27
 _ROUNDS = 20
 _TRIES = 3
 # A spread that is less than this share of the network says nothing about any plan.

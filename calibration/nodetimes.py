@@ -9,6 +9,7 @@ and every kernel was measured where it stands: with its neighbours, layouts and 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +26,9 @@ from graphfold.graph import consumers
 
 # Widths at which whole networks are measured, as shares.
 SHARES = (1.0, 0.75, 0.5, 0.25)
-_WARM_UP = 3
-_RUNS = 24
+# Runs of the networks alternate in rounds, so that what disturbs one disturbs all.
+_ROUNDS = 10
+_RUNS = 6
 _SUFFIXES = ("_nchwc", "_quant", "_QuantizeLinear", "_DequantizeLinear")
 
 Convert = Callable[[onnx.ModelProto], onnx.ModelProto]
@@ -103,18 +105,17 @@ def measure_nodes(
     """
     times = NodeTimes(bench, scales=_scales(bench))
     times.inside = {key: frozenset(each.nodes) for key, each in bench.segments.items()}
-    names = _names(bench)
     states = [_narrowed(bench, share) for share in SHARES]
-    for number, state in enumerate(states):
-        if progress is not None:
-            progress("measuring networks", number, len(states))
-        measured = _kernels(bench.build(state), feed, threads, provider, convert, names)
+    protos = [bench.build(state) for state in states]
+    if convert is not None:
+        protos = [convert(proto) for proto in protos]
+    every = _kernels(protos, feed, threads, provider, _names(bench), progress)
+    times.rest = every[0].pop(None, 0.0)
+    for state, measured in zip(states, every, strict=True):
         for node, milliseconds in measured.items():
-            if node is None:
-                times.rest = milliseconds if number == 0 else times.rest
-                continue
-            share = math.prod(times._share(key, state) for key in times.scales.get(node, ()))
-            times.samples.setdefault(node, []).append((share, milliseconds))
+            if node is not None:
+                share = math.prod(times._share(key, state) for key in times.scales.get(node, ()))
+                times.samples.setdefault(node, []).append((share, milliseconds))
     for samples in times.samples.values():
         # A node without channels takes no time; nodes of fixed size were measured often.
         moving = {share: [t for s, t in samples if s == share] for share, _ in samples}
@@ -181,21 +182,34 @@ _FUSED = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid
 
 
 def _kernels(
-    proto: onnx.ModelProto,
+    protos: Sequence[onnx.ModelProto],
     feed: Mapping[str, NDArray[Any]],
     threads: int,
     provider: str,
-    convert: Convert | None,
     names: Mapping[str, ir.Node],
+    progress: Progress | None,
+) -> list[dict[ir.Node | None, float]]:
+    """Milliseconds by the network's node, kernels of no node under None; of each network."""
+    with contextlib.ExitStack() as stack:
+        sessions = [
+            stack.enter_context(
+                Profiled(proto.SerializeToString(), threads=threads, provider=provider)
+            )
+            for proto in protos
+        ]
+        calls = [each.session.prepared(feed) for each in sessions]
+        for number in range(_ROUNDS + 1):
+            if progress is not None:
+                progress("measuring networks", number, _ROUNDS + 1)
+            for call in calls:
+                for _ in range(_RUNS):
+                    call()
+        return [_by_node(each.runs()[_RUNS:], names) for each in sessions]
+
+
+def _by_node(
+    runs: Sequence[Sequence[Mapping[str, Any]]], names: Mapping[str, ir.Node]
 ) -> dict[ir.Node | None, float]:
-    """Milliseconds by the network's node; kernels of no node at all under None."""
-    if convert is not None:
-        proto = convert(proto)
-    with Profiled(proto.SerializeToString(), threads=threads, provider=provider) as profiled:
-        run = profiled.session.prepared(feed)
-        for _ in range(_WARM_UP + _RUNS):
-            run()
-        runs = profiled.runs()[_WARM_UP:]
     durations: dict[tuple[ir.Node | None, int], list[float]] = {}
     for events in runs:
         for place, (node, milliseconds) in enumerate(_attributed(events, names)):

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from graphfold.calibration.latency import compare
+from graphfold.calibration.latency import LARGEST_SPREAD, ModelLatency, compare
+from graphfold.calibration.timing import as_timed
 from graphfold.errors import BudgetError, PlanError, Problem, UsageError
 from graphfold.importance import DataFree
 from graphfold.measures import ImportanceTable, LatencyTable, read_importance, read_latency
@@ -33,8 +34,12 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 # Of what was asked: a plan may be so much faster before a slower one is looked for.
 LARGEST_EXCESS = 1.15
-_MOST_TRIES = 6
-_MEASURE_SECONDS = 6.0
+_MOST_TRIES = 8
+_MEASURE_SECONDS = 4.0
+_MEASUREMENTS = 3
+# A plan predicted to be so much too slow is still measured: it may be fast enough.
+_NEARLY = 1.05
+_ROUNDING = 1e-6
 _SHOWN_POINTS = 20
 
 
@@ -196,6 +201,8 @@ def make_plan(
     else:
         latencies = latency if isinstance(latency, LatencyTable) else read_latency(latency)
         here = False
+    # Without sizes given, those that the latencies were measured at.
+    shapes = input_shapes or latencies.header.inputs
     report("solving", 0, 0)
     if isinstance(worth, ImportanceTable):
         latencies, worth, left_out = shared_choices(latencies, worth)
@@ -206,15 +213,16 @@ def make_plan(
         worth,
         method=cast(Method, method),
         compat=compat,
-        input_shapes=input_shapes,
+        input_shapes=shapes,
     )
     if speedup is None and budget is None:
         return PlanResult(planning, None, None, None, None, frontier, tuple(warnings))
     asked = speedup if speedup is not None else planning.original / cast(float, budget)
-    chooser = _Chooser(model, planning, boundary, latencies, input_shapes, report)
+    chooser = _Chooser(model, planning, boundary, latencies, shapes, report)
     confirmed = here if confirm is None else confirm
     solution, plan, measured = chooser.confirmed(asked) if confirmed else chooser.predicted(asked)
     point = planning.point(solution)
+    warnings += chooser.warnings
     return PlanResult(planning, plan, point, asked, measured, frontier, tuple(warnings))
 
 
@@ -284,6 +292,7 @@ class _Chooser:
         self.latencies = latencies
         self.input_shapes = input_shapes
         self.progress = progress
+        self.warnings: list[str] = []
         source = model.path if model.path is not None else model
         name = None if model.path is None else model.path.name
         self.reference = ModelReference(name=name, sha256=digest(source))
@@ -296,38 +305,68 @@ class _Chooser:
 
     def confirmed(self, speedup: float) -> _Chosen:
         """The least important part given up that makes the network as fast as asked, measured."""
-        budget = self.planning.original / speedup
+        solution = self.planning.within(self._reachable(speedup))
         # Predicted latencies that were measured to be fast enough, and too slow.
         fast, slow = 0.0, float("inf")
         best: _Chosen | None = None
+        reached = 0.0
         for attempt in range(_MOST_TRIES):
             self.progress("folding and measuring plans", attempt, _MOST_TRIES)
-            try:
-                solution = self.planning.within(budget)
-            except BudgetError:
-                if attempt == 0:
-                    raise
-                break
             latency = self.planning.point(solution).latency
-            if latency <= fast:
-                break  # there is no finer plan
             plan = self._plan(solution, self.planning.original / speedup)
             measured = self._measure(plan)
+            reached = max(reached, measured)
             if measured >= speedup:
                 fast, best = latency, (solution, plan, measured)
                 if measured <= speedup * LARGEST_EXCESS:
-                    break
+                    return best
             else:
                 slow = latency
-            # As much faster or slower as was missing, and on the right side of what is known.
-            wanted = latency * measured / speedup
-            budget = min(max(wanted, fast), slow * (1 - 1e-6))
+            following = self._between(latency * measured / speedup, fast, slow)
+            if following is None:
+                break
+            solution = following
         if best is None:
             raise BudgetError(
-                f"no plan that was folded and measured is {speedup:.2f} times as fast",
+                f"no plan that was folded and measured is {speedup:.2f} times as fast; the fastest "
+                f"of them is {reached:.2f} times",
                 hint="ask for less; `graphfold plan --frontier` lists what is predicted",
             )
+        excess = f"measured {best[2]:.2f} times as fast, {speedup:.2f} was asked for: "
+        if following is None:
+            self.warnings.append(excess + "no finer plan lies between it and one that is too slow")
+        else:
+            self.warnings.append(excess + f"nothing finer was found in {_MOST_TRIES} tries")
         return best
+
+    def _reachable(self, speedup: float) -> float:
+        """The budget of a speedup; of one slightly beyond all predictions, the fastest plan's.
+
+        Raises:
+            BudgetError: no plan comes near it.
+        """
+        budget = self.planning.original / speedup
+        fastest = self.planning.point(self.planning.frontier.fastest)
+        is_near = fastest.segments > 0 and budget < fastest.latency <= budget * _NEARLY
+        return fastest.latency if is_near else budget
+
+    def _between(self, wanted: float, fast: float, slow: float) -> Solution[Pieces] | None:
+        """A plan predicted between what is fast enough and what is too slow; None without one.
+
+        As much faster or slower as was missing, where that lies between the two.
+        """
+        highest = slow * (1 - _ROUNDING)
+        budgets = [wanted] if fast < wanted < slow else []
+        budgets += [(fast + slow) / 2, highest] if slow < float("inf") and fast > 0 else []
+        budgets += [self.planning.point(self.planning.frontier.fastest).latency] if not fast else []
+        for budget in budgets:
+            try:
+                solution = self.planning.within(budget)
+            except BudgetError:
+                continue
+            if fast < self.planning.point(solution).latency < highest:
+                return solution
+        return None
 
     def _plan(self, solution: Solution[Pieces], budget: float) -> Plan:
         """The plan of a solution; segments that no exact merge allows have their padding hoisted.
@@ -364,19 +403,34 @@ class _Chooser:
         return set()
 
     def _measure(self, plan: Plan) -> float:
-        """Speedup of the folded network over the model, measured in turns."""
+        """Speedup of the folded network over the model, measured in turns.
+
+        The steadiest of several measurements, where the first spreads too much to decide anything.
+        """
         from graphfold.calibration.fitting import sketch_plan
         from graphfold.optimizer import optimize_model
 
         header = self.latencies.header
         folded = optimize_model(self.model, plan, fit=sketch_plan, verify=False).folded
-        found = compare(
-            [self.model, folded],
-            names=["model", "folded"],
-            input_shapes=self.input_shapes,
-            threads=header.threads or 1,
-            batch=header.batch or 1,
-            provider=header.provider or "CPUExecutionProvider",
-            seconds=_MEASURE_SECONDS,
-        )
-        return found.models[1].speedup
+        batch = header.batch or 1
+        models = as_timed([self.model, folded], header.dtype or "float32", self.input_shapes, batch)
+        best: ModelLatency | None = None
+        for _ in range(_MEASUREMENTS):
+            found = compare(
+                models,
+                names=["model", "folded"],
+                input_shapes=self.input_shapes,
+                threads=header.threads or 1,
+                batch=batch,
+                provider=header.provider or "CPUExecutionProvider",
+                seconds=_MEASURE_SECONDS,
+            ).models[1]
+            if best is None or found.speedup_spread < best.speedup_spread:
+                best = found
+            if best.speedup_spread <= LARGEST_SPREAD:
+                return best.speedup
+        assert best is not None
+        text = "measured speedups spread by more than 10 %: confirm the plan on a quieter machine"
+        if text not in self.warnings:
+            self.warnings.append(text)
+        return best.speedup

@@ -41,6 +41,7 @@ from graphfold.tables import Table, make_table
 if TYPE_CHECKING:
     from graphfold.model import Model
 
+_DTYPES = ("float32", "int8")
 _LARGEST_CORRECTION = 0.25
 _CONVOLUTIONS: tuple[Family, ...] = ("pointwise", "dense", "depthwise", "low_rank")
 
@@ -119,7 +120,10 @@ class Profile:
             ("different operators measured", str(self.distinct)),
         ]
         header = self.table.header
-        note = f"{header.processor}, {header.runtime}, {header.provider}, threads {header.threads}"
+        note = (
+            f"{header.processor}, {header.runtime}, {header.provider}, threads {header.threads}, "
+            f"dtype {header.dtype}"
+        )
         return [make_table("Latency table", ("", ""), rows, note=note)]
 
 
@@ -179,7 +183,7 @@ def profile_model(
         provider: onnxruntime execution provider.
         threads: intra-op threads.
         batch: where the model leaves it open.
-        dtype: in which convolutions are computed: float32.
+        dtype: in which convolutions are computed: float32, or int8 as quantized networks do.
         input_shapes: sizes of inputs that the model leaves open, by name ("" for the only one).
         time_budget: seconds that measuring operators may take; None for as many rounds as are
             useful.
@@ -194,10 +198,10 @@ def profile_model(
         RunError: onnxruntime cannot run the model.
         OutputError: the table or its journal cannot be written.
     """
-    if dtype != "float32":
-        raise UsageError(f"dtype {dtype!r} cannot be profiled", hint="float32 can")
+    if dtype not in _DTYPES:
+        raise UsageError(f"dtype {dtype!r} cannot be profiled", hint=" and ".join(_DTYPES) + " can")
     report = progress or _no_progress
-    settings = Settings(provider, threads, batch, dict(input_shapes or {}))
+    settings = Settings(provider, threads, batch, dict(input_shapes or {}), dtype)
     timer = make_timer(model, settings)
     report("looking for candidates", 0, 0)
     graph = Graph(model)
@@ -214,13 +218,15 @@ def profile_model(
     header = _header(model, settings, timer)
     distinct = _distinct(entries.every)
     path = None if output is None else output.with_name(f"{output.name}.partial")
-    with Journal(path, _journal_header(header, timer, distinct)) as journal:
+    with Journal(path, _journal_header(header, distinct)) as journal:
         continued = len(journal.entries.keys() & distinct.keys())
         Measuring(timer, journal, distinct, snippets.opsets, time_budget, report).run()
         report("measuring a folded network", 0, 0)
         found = _assemble(model, header, entries, cuts, timer, journal)
         if bench is not None:
-            rows = narrow_rows(bench, found.table, cuts, timer.input_shapes, settings, journal, report)
+            rows = narrow_rows(
+                bench, found.table, cuts, timer.input_shapes, settings, journal, report
+            )
             table = found.table.model_copy(update={"rows": (*found.table.rows, *rows)})
             found = replace(found, table=table)
         if output is not None:
@@ -316,19 +322,17 @@ def _header(model: Model, settings: Settings, timer: Timer) -> LatencyHeader:
         provider=settings.provider,
         threads=settings.threads,
         batch=timer.batch,
-        dtype="float32",
+        dtype=settings.dtype,
+        inputs={name: tuple(shape) for name, shape in timer.input_shapes.items()},
     )
 
 
-def _journal_header(
-    header: LatencyHeader, timer: Timer, distinct: Mapping[str, Snippet]
-) -> dict[str, Any]:
+def _journal_header(header: LatencyHeader, distinct: Mapping[str, Snippet]) -> dict[str, Any]:
     """What must be the same for measurements to be continued; a file's name need not be."""
     stated = header.model_dump(mode="json", exclude={"created": True, "model": {"name"}})
     return {
         "graphfold_profile": 1,
         **stated,
-        "inputs": {name: list(shape) for name, shape in timer.input_shapes.items()},
         "operators": len(distinct),
     }
 

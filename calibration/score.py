@@ -236,9 +236,7 @@ def _measure(
     kernels = largest_kernels(found)
     wanted = {each.key for each in missing}
     segments = {key: kernel for key, kernel in kernels.items() if key in wanted}
-    bench.collect(
-        split.fitted, inner=narrow, segments=segments, threads=threads, progress=progress
-    )
+    bench.collect(split.fitted, inner=narrow, segments=segments, threads=threads, progress=progress)
     context = Context(bench, split.held, split.labels, threads=threads)
     done = len(found) - len(missing)
     for batch in _batches(missing):
@@ -272,7 +270,5 @@ def _entry(bench: Workbench, each: Alternative, verdict: Verdict) -> Mapping[str
         "unexplained": bench.errors.get((each.key, each.replacement)),
     }
     return {
-        name: value
-        for name, value in fields.items()
-        if value is not None and math.isfinite(value)
+        name: value for name, value in fields.items() if value is not None and math.isfinite(value)
     }

@@ -44,6 +44,7 @@ _MACS_PER_ELEMENT = 32
 _HOPELESS = 4
 # Fewer channels than any blocked layout has in a block: the first convolution reads them as they
 # come, with no change of layout before it.
+_MOST_DRAWN = 1 << 16
 _FEW_CHANNELS = 4
 # Operators that begin with a kernel of their own, never fused into the one before.
 _SEPARATE = frozenset(
@@ -169,7 +170,10 @@ def random_weight(tensor: Tensor, name: str) -> NDArray[Any]:
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     scale = 1 / math.sqrt(max(1, math.prod(tensor.shape[1:])))
     dtype = helper.tensor_dtype_to_np_dtype(tensor.dtype)
-    return (scale * rng.standard_normal(tensor.shape, dtype=np.float32)).astype(dtype)
+    # Of large tensors every block is the same: drawing numbers would take longer than measuring.
+    size = math.prod(tensor.shape)
+    block = scale * rng.standard_normal(min(size, _MOST_DRAWN), dtype=np.float32)
+    return np.resize(block.astype(dtype), tensor.shape)
 
 
 class Snippets:
@@ -256,9 +260,7 @@ class Snippets:
         """Whether nothing but an activation reads what it reads."""
         return {usage.node for usage in site.input.uses()} <= set(site.nodes)
 
-    def _two_convs(
-        self, candidate: Candidate, kernel: Shape, stride: Shape, rank: int
-    ) -> Snippet:
+    def _two_convs(self, candidate: Candidate, kernel: Shape, stride: Shape, rank: int) -> Snippet:
         """A convolution to a few channels, and a pointwise one from them."""
         whole = self._conv(candidate, "dense", kernel, stride)
         (source,), target = whole.inputs, whole.output
@@ -281,9 +283,7 @@ class Snippets:
         bias = whole.weights[1]
         return replace(whole, nodes=(first, second), weights=(narrow, wide, bias))
 
-    def _conv(
-        self, candidate: Candidate, family: Family, kernel: Shape, strides: Shape
-    ) -> Snippet:
+    def _conv(self, candidate: Candidate, family: Family, kernel: Shape, strides: Shape) -> Snippet:
         source, target = self.tensor(candidate.input), self.tensor(candidate.output)
         channels = source.shape[1]
         group = channels if family == "depthwise" else 1

@@ -7,6 +7,7 @@ ever in both. Every fifth batch is held back, not the last ones: data often come
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,13 +18,15 @@ from numpy.typing import NDArray
 from graphfold.errors import DataError
 
 if TYPE_CHECKING:
-    from graphfold.calibration.dataset import Dataset
+    from graphfold.calibration.dataset import Batch, Dataset
     from graphfold.model import Model
 
 HELD_EVERY = 5
 # More samples make a verdict no finer than searches need.
 MOST_JUDGED = 200
 _BATCH = 10
+# All inputs are in memory: they are run more than once.
+_MOST_BYTES = 2 << 30
 
 Feed = dict[str, NDArray[Any]]
 _Any = TypeVar("_Any")
@@ -64,7 +67,17 @@ def read_split(data: Dataset) -> Split:
     Raises:
         DataError: what is read does not fit the model, or there is not enough of it.
     """
-    batches = list(data.batches(_BATCH))
+    batches: list[Batch] = []
+    size = 0
+    for batch in data.batches(_BATCH):
+        size += sum(array.nbytes for array in batch.feed.values())
+        if size > _MOST_BYTES:
+            raise DataError(
+                f"more than {_MOST_BYTES >> 30} GiB of inputs",
+                where=data.name,
+                hint=f"--samples {sum(each.samples for each in batches)} takes the first of them",
+            )
+        batches.append(batch)
     held = batches[HELD_EVERY - 1 :: HELD_EVERY]
     if not held:
         raise DataError(
@@ -87,8 +100,8 @@ def samples_of(feed: Mapping[str, NDArray[Any]]) -> int:
 
 def at_most(items: Sequence[_Any], sizes: Sequence[int], samples: int) -> list[_Any]:
     """As many items, from the first on, as it takes to have so many samples."""
-    before = np.cumsum([0, *sizes[:-1]]) if sizes else []
-    return [item for item, count in zip(items, before, strict=True) if count < samples]
+    before = itertools.accumulate(sizes, initial=0)
+    return [item for item, count in zip(items, before, strict=False) if count < samples]
 
 
 def one_sample(feed: Mapping[str, NDArray[Any]], model: Model) -> Feed:
@@ -96,6 +109,8 @@ def one_sample(feed: Mapping[str, NDArray[Any]], model: Model) -> Feed:
     from graphfold.specs import model_inputs
 
     fixed = {
-        spec.name for spec in model_inputs(model) if isinstance((spec.shape or (None,))[0], int)
+        spec.name
+        for spec in model_inputs(model)
+        if not spec.shape or isinstance(spec.shape[0], int)
     }
     return {name: array if name in fixed else array[:1] for name, array in feed.items()}

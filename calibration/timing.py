@@ -23,33 +23,46 @@ from graphfold.calibration.kernels import (
     undisturbed,
 )
 from graphfold.calibration.latency import cpu_name
+from graphfold.calibration.quantize import roughly_quantized
 from graphfold.calibration.snippets import Shape, Snippet, maker
 from graphfold.errors import UsageError
 from graphfold.feeds import first_that_runs
+from graphfold.model import adopt
 from graphfold.runtime import Runnable, Session
+from graphfold.specs import Arrays
 
 if TYPE_CHECKING:
     from graphfold.model import Model
 
 _CPU = "CPUExecutionProvider"
 _FEWEST_ROUNDS = 4
+# What takes so long in two rounds is steady enough after them.
+_FEWEST_LONG_ROUNDS = 2
+_LONG_SECONDS = 5.0
 # A longer network fills the caches by itself in one run.
 _SHORT_SECONDS = 0.05
 _WARM_UP_RUNS = 3
+_WARM_UP_SECONDS = 1.0
 _COMPARED_ROUNDS = 30
 _COMPARED_SECONDS = 0.05
+_LONGEST_COMPARISON = 10.0
 
 Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure: execution provider, threads, and the sizes that a model leaves open."""
+    """How to measure: execution provider, threads, sizes that a model leaves open, and the type.
+
+    With dtype `int8` networks and snippets are quantized before they are timed, so that kernels,
+    fusions and the places where types change are those of a quantized network.
+    """
 
     provider: str = _CPU
     threads: int = 1
     batch: int = 1
     input_shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,6 @@ class DeviceTimer:
     def __init__(self, model: Model, settings: Settings, *, kernels: bool | None = None) -> None:
         import onnxruntime
 
-        self._model = model
         self._settings = settings
         self._kernels = settings.provider == _CPU if kernels is None else kernels
         session = self._session(model)
@@ -116,11 +128,20 @@ class DeviceTimer:
                 f"the model's batch is {self.batch}, not {settings.batch}",
                 hint="export it with an open batch, or leave --batch out",
             )
-        self._whole = session.prepared(self._feed)
+        self._model = self._typed(model, self._feed)
+        self._whole = self._session(self._model).prepared(self._feed)
         self.device = platform.node() or "unknown"
         self.processor = cpu_name()
         self.runtime = f"onnxruntime {onnxruntime.__version__}"
-        self._seconds = min(_timed(self._whole) for _ in range(_WARM_UP_RUNS))
+        self._seconds = _warm_seconds(self._whole)
+
+    def _typed(self, model: Model, feed: Arrays) -> Model:
+        return model if self._settings.dtype == "float32" else roughly_quantized(model, feed)
+
+    def _batch(self, batch: Batch) -> Model | bytes:
+        if self._settings.dtype == "float32":
+            return bytes(batch.proto.SerializeToString())
+        return self._typed(adopt(batch.proto, check=False), batch.feed())
 
     def _session(self, model: Model | bytes) -> Session:
         with Runnable(model) as runnable:
@@ -147,7 +168,7 @@ class DeviceTimer:
     ) -> list[Sample]:
         batch = Batch(parts, opsets)
         with (
-            self._profiled(batch.proto.SerializeToString()) as own,
+            self._profiled(self._batch(batch)) as own,
             self._profiled(self._model) as whole,
         ):
             run, run_whole = own.session.prepared(batch.feed()), whole.session.prepared(self._feed)
@@ -186,7 +207,7 @@ class DeviceTimer:
         if not parts:
             return None
         batch = Batch(parts, opsets)
-        session = self._session(batch.proto.SerializeToString())
+        session = self._session(self._batch(batch))
         session.run(batch.feed())
         return session.prepared(batch.feed())
 
@@ -209,7 +230,10 @@ class DeviceTimer:
             run()
             for _ in range(self._runs_of_whole):
                 run_whole()
-            if done >= _FEWEST_ROUNDS and time.perf_counter() - begin > seconds:
+            passed = time.perf_counter() - begin
+            if done >= _FEWEST_ROUNDS and passed > seconds:
+                return done
+            if done >= _FEWEST_LONG_ROUNDS and passed > max(seconds, _LONG_SECONDS):
                 return done
         return rounds
 
@@ -217,16 +241,40 @@ class DeviceTimer:
         """The whole network's milliseconds and another's share of them, see `Timer`."""
         runs = [self._whole]
         if other is not None:
-            runs.append(self._session(other).prepared(self._feed))
-        seconds = [min(_timed(run) for _ in range(_WARM_UP_RUNS)) for run in runs]
-        repeats = [max(1, round(_COMPARED_SECONDS / max(each, 1e-6))) for each in seconds]
+            typed = self._typed(other, self._feed)
+            runs.append(self._session(typed).prepared(self._feed))
+        repeats = [max(1, round(_COMPARED_SECONDS / max(_warm_seconds(run), 1e-6))) for run in runs]
         found: list[list[float]] = [[] for _ in runs]
-        for _ in range(_COMPARED_ROUNDS):
+        begin = time.perf_counter()
+        for done in range(_COMPARED_ROUNDS):
+            if done >= _FEWEST_ROUNDS and time.perf_counter() - begin > _LONGEST_COMPARISON:
+                break
             for run, count, times in zip(runs, repeats, found, strict=True):
-                run()
+                if self._seconds < _SHORT_SECONDS:
+                    run()  # the network before has filled the caches with its own weights
                 times += [_timed(run) for _ in range(count)]
         whole, last = undisturbed(found[0]), undisturbed(found[-1])
         return 1000 * whole, last / whole
+
+
+def as_timed(
+    models: Sequence[Model],
+    dtype: str,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    batch: int = 1,
+) -> list[Model]:
+    """Networks with the same inputs as they run in a type, `float32` or `int8`.
+
+    Raises:
+        ModelError: a network cannot be quantized. RunError: onnxruntime cannot run it.
+    """
+    if dtype == "float32":
+        return list(models)
+    with Runnable(models[0]) as runnable:
+        session = Session(runnable, optimize=True)
+    given = specs.check_input_shapes(session.inputs, input_shapes)
+    _, feed, _ = first_that_runs(session, given, 0, batch=batch)
+    return [roughly_quantized(model, feed) for model in models]
 
 
 def _made(part: Snippet) -> list[Snippet]:
@@ -236,6 +284,15 @@ def _made(part: Snippet) -> list[Snippet]:
 
 def _seconds(run: Run | None) -> float:
     return 0.0 if run is None else _timed(run)
+
+
+def _warm_seconds(run: Run) -> float:
+    """Seconds of the quickest of a few runs; of a long one, fewer."""
+    begin = time.perf_counter()
+    seconds = [_timed(run)]
+    while len(seconds) < _WARM_UP_RUNS and time.perf_counter() - begin < _WARM_UP_SECONDS:
+        seconds.append(_timed(run))
+    return min(seconds)
 
 
 def _timed(run: Run) -> float:

@@ -346,9 +346,9 @@ class Workbench:
         for key, replacement in state.items():
             if replacement.family != "narrow":
                 arrays = () if replacement.family == "identity" else self._fit(key, replacement)
-                replace_segment(
-                    graph, values[key[0]], values[key[1]], self.segments[key], replacement, arrays
-                )
+                # What was replaced before may stand at this one's ends.
+                source, output = (graph.current(values[name]) for name in key)
+                replace_segment(graph, source, output, self.segments[key], replacement, arrays)
         narrowed = {key for key, each in state.items() if each.family == "narrow"}
         if not narrowed:
             return
@@ -504,9 +504,7 @@ def _fixed(sizes: Sequence[Any]) -> list[int]:
     return [size if isinstance(size, int) else 0 for size in sizes]
 
 
-def _sub_taps(
-    place: Segment, largest: Sequence[int], kernel: Sequence[int]
-) -> NDArray[np.intp]:
+def _sub_taps(place: Segment, largest: Sequence[int], kernel: Sequence[int]) -> NDArray[np.intp]:
     """Which features of the largest kernel a smaller one has: those that it reads as well."""
     channels = place.channels[0]
     index = np.arange(channels * math.prod(largest)).reshape(channels, *largest)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from graphfold.calibration.auto import AutoResult
+    from graphfold.calibration.choosing import QuantizationChoice
     from graphfold.calibration.dataset import Dataset
     from graphfold.calibration.latency import LatencyComparison
     from graphfold.calibration.planning import PlanResult
@@ -29,7 +30,17 @@ if TYPE_CHECKING:
     from graphfold.rewrite import Progress
     from graphfold.verification import Verification
 
-__all__ = ["bench", "inspect", "make_plan", "optimize", "profile", "verify"]
+__all__ = [
+    "auto",
+    "bench",
+    "choose_quantization",
+    "inspect",
+    "make_plan",
+    "optimize",
+    "profile",
+    "quantize",
+    "verify",
+]
 
 
 def optimize(
@@ -67,7 +78,8 @@ def optimize(
         latency: a latency table (see `profile`); it alone decides on loose merges it knows.
         input_shapes: sizes of inputs that the model leaves open, by name ("" for the only one).
         inputs: feeds by input name to verify on; random ones by default.
-        data: feeds by input name that segments with `weights: regress` are fitted on.
+        data: feeds by input name that segments with `weights: regress` are fitted on, and that a
+            plan's `quantize` is calibrated and judged on.
         tolerance: largest accepted error relative to max|y|.
         verify: compare the folded network with the plan's reference network.
         require_verify: fail where onnxruntime cannot run the model.
@@ -85,6 +97,11 @@ def optimize(
     """
     from graphfold.optimizer import load_any, no_collection, optimize_model
 
+    quantize = None
+    if data is not None:
+        from graphfold.calibration.planned import quantizing
+
+        quantize = quantizing(data)
     with no_collection():
         return optimize_model(
             load_any(model),
@@ -102,6 +119,7 @@ def optimize(
             verify=verify,
             require_verify=require_verify,
             strip_metadata=strip_metadata,
+            quantize=quantize,
             progress=progress,
         )
 
@@ -256,3 +274,44 @@ def make_plan(model: Any, **options: Any) -> PlanResult:
     from graphfold.optimizer import load_any
 
     return choose(load_any(model), **options)
+
+
+def quantize(model: Any, batches: Iterable[Mapping[str, NDArray[Any]]], **options: Any) -> Model:
+    """A network in INT8, see `graphfold.calibration.quantize.quantize`.
+
+    Args:
+        model: in any form that `optimize` takes; folded, if it is to be.
+        batches: feeds to calibrate on, by input name.
+        options: calibration, percentile, per_channel, keep_float, progress.
+
+    Raises:
+        ModelError, DataError, UsageError, PlanError: bad input.
+    """
+    from graphfold.calibration.quantize import quantize as in_int8
+    from graphfold.optimizer import load_any
+
+    return in_int8(load_any(model), batches, **options)
+
+
+def choose_quantization(
+    model: Any,
+    calibration_batches: Iterable[Mapping[str, NDArray[Any]]],
+    judge_batches: Iterable[Mapping[str, NDArray[Any]]],
+    **options: Any,
+) -> QuantizationChoice:
+    """The calibration, and what to leave in float, with the least measured damage.
+
+    Args:
+        model: in any form that `optimize` takes; folded, if it is to be.
+        calibration_batches: feeds to calibrate on, by input name.
+        judge_batches: other feeds, to measure damage on.
+        options: calibrations, per_channel, float_share, time_budget, progress; see
+            `graphfold.calibration.choosing.choose_quantization`.
+
+    Raises:
+        ModelError, DataError: bad input.
+    """
+    from graphfold.calibration.choosing import choose_quantization as choose
+    from graphfold.optimizer import load_any
+
+    return choose(load_any(model), calibration_batches, judge_batches, **options)

@@ -98,6 +98,20 @@ def dataset(
     return found
 
 
+def plan_data(
+    plan: str | None, data: str | None, preprocess: str | None, model: Model, terminal: Terminal
+) -> list[dict[str, NDArray[Any]]] | None:
+    """All of `--data`, where a plan fits or quantizes with it; None where it does not."""
+    from graphfold.plan import read_plan
+
+    if plan is None or data is None:
+        return None
+    stated = read_plan(plan)
+    if stated.quantize is None and not stated.is_fitted:
+        return None
+    return [dict(batch.feed) for batch in dataset(data, preprocess, model, terminal).batches()]
+
+
 @contextlib.contextmanager
 def open_terminal(
     as_json: bool, quiet: bool, *, tables_to_stderr: bool = False

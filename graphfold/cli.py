@@ -210,6 +210,8 @@ def _optimize(
         started = time.perf_counter()
         loaded = load(arguments.source(model))
         load_seconds = time.perf_counter() - started
+        feeds = arguments.plan_data(plan, data, preprocess, loaded, terminal)
+        inputs = feeds[:1] if feeds else arguments.inputs(data, preprocess, loaded, terminal)
         result = graphfold.optimize(
             loaded,
             plan,
@@ -219,7 +221,8 @@ def _optimize(
             allow_growth=allow_growth,
             latency=latency,
             input_shapes=arguments.shapes(input_shape),
-            inputs=arguments.inputs(data, preprocess, loaded, terminal),
+            inputs=inputs,
+            data=feeds,
             tolerance=tolerance,
             verify=not no_verify,
             require_verify=require_verify,

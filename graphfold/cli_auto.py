@@ -94,7 +94,8 @@ def _auto(
         ),
     ] = None,
     threads: Annotated[
-        int, typer.Option("--threads", min=1, help="Intra-op threads that latency is measured with.")
+        int,
+        typer.Option("--threads", min=1, help="Intra-op threads that are timed."),
     ] = 1,
     provider: Annotated[
         str, typer.Option("--provider", help="onnxruntime execution provider.")
@@ -113,7 +114,7 @@ def _auto(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Fit, search, fold, quantize, verify: a faster network from a model and a few hundred inputs."""
+    """Find a faster network with a few hundred inputs: fit, search, fold, quantize, verify."""
     del debug
     if data is None:
         raise UsageError(

@@ -49,7 +49,7 @@ def _profile(
         int, typer.Option("--batch", min=1, help="Images at once, where the model leaves it open.")
     ] = 1,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="In which convolutions are computed.")
+        str, typer.Option("--dtype", help="In which convolutions are computed: float32 or int8.")
     ] = "float32",
     time_budget: Annotated[
         float | None,

@@ -16,10 +16,10 @@ import onnx_ir as ir
 
 from graphfold.candidates import Candidate, Candidates
 from graphfold.choices import Choice
-from graphfold.errors import UsageError
 from graphfold.flow import FlowChain
 from graphfold.layout import Chain, Layout
 from graphfold.measures import Row
+from graphfold.reasons import nothing_to_plan
 
 # Where a network has several chains side by side, they hang between these two.
 _BEGIN, _END = "(begin)", "(end)"
@@ -60,10 +60,7 @@ def cut_layout(candidates: Candidates) -> CutLayout:
         UsageError: there is no candidate: nothing in the model can be planned.
     """
     if not candidates.found:
-        raise UsageError(
-            "the model has no convolutions to plan for",
-            hint="`graphfold inspect` tells what it holds",
-        )
+        raise nothing_to_plan(candidates)
     builder = _Builder(candidates)
     roots = [
         chain

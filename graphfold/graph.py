@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Dim = int | str | None
 TensorShape = tuple[Dim, ...]
+# Operators whose result has a type of its own, whatever they read.
+_INDEX_MAKERS = ("Shape", "Size", "NonZero", "ArgMax", "ArgMin")
+_COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "IsNaN", "IsInf")
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
 # From this IR version on, an initializer that is also a graph input is a default value.
@@ -211,6 +214,10 @@ class Graph:
         producer = value.producer()
         if producer is not None and is_op(producer, "Cast"):
             return ir.DataType(attribute(producer, "to"))
+        if producer is not None and is_op(producer, *_INDEX_MAKERS):
+            return ir.DataType.INT64
+        if producer is not None and is_op(producer, *_COMPARISONS):
+            return ir.DataType.BOOL
         if producer is not None and is_op(producer, "ConstantOfShape"):
             # Its input is a shape, and says nothing of the type.
             filling = producer.attributes.get("value")

@@ -51,6 +51,9 @@ class LatencyHeader(Header):
     threads: Size | None = None
     batch: Size | None = None
     dtype: str | None = None
+    inputs: dict[str, tuple[int, ...]] | None = Field(
+        default=None, description="sizes of the model's inputs"
+    )
 
 
 class ImportanceHeader(Header):

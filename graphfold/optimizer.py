@@ -21,6 +21,7 @@ from graphfold.measures import LatencyTable, check_names, read_latency
 from graphfold.model import Model, compare_interfaces, load, to_proto
 from graphfold.plan import Plan, PlanSource, read_plan
 from graphfold.prices import Prices
+from graphfold.quantization import Quantized, QuantizeFunction, check_can_quantize
 from graphfold.reference import Reference, build_reference
 from graphfold.report import Report, build_report, snapshot
 from graphfold.rewrite import (
@@ -47,7 +48,7 @@ class Result:
     """What `optimize` returns.
 
     Attributes:
-        folded: the folded network.
+        folded: the folded network, in INT8 where the plan says so.
         reference: the plan's semantics with nothing merged; the input where there is no plan.
     """
 
@@ -121,6 +122,7 @@ def optimize_model(
     verify: bool = True,
     require_verify: bool = False,
     strip_metadata: bool = False,
+    quantize: QuantizeFunction | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Apply a plan to a loaded model, fold, verify; see `graphfold.optimize`.
@@ -146,6 +148,7 @@ def optimize_model(
             verify=verify,
             require_verify=require_verify,
             strip_metadata=strip_metadata,
+            quantize=quantize,
             progress=progress,
         )
 
@@ -167,6 +170,7 @@ def _optimize(
     verify: bool,
     require_verify: bool,
     strip_metadata: bool,
+    quantize: QuantizeFunction | None,
     progress: Progress | None,
 ) -> Result:
     clock = _Clock()
@@ -174,6 +178,7 @@ def _optimize(
     stated = None if plan is None else read_plan(plan)
     parsed, original = stated, source
     fits: tuple[SegmentFit, ...] = ()
+    check_can_quantize(stated, quantize)
     if stated is not None and stated.is_fitted:
         with clock.stage("fit", progress):
             fitted = _fitted(source, stated, plan, fit)
@@ -208,6 +213,10 @@ def _optimize(
                 unlimited=require_verify,
             )
         _refuse_failure(verification, require_verify)
+    quantized = None
+    if parsed is not None and parsed.quantize is not None and quantize is not None:
+        with clock.stage("quantize", progress), _naming(plan):
+            quantized = quantize(folded, parsed.quantize)
 
     def gather() -> Report:
         with (
@@ -223,12 +232,14 @@ def _optimize(
                 stated,
                 statistics,
                 verification,
+                quantized,
                 clock,
                 input_shapes,
                 fits,
             )
 
-    return Result(folded, reference.model, gather)
+    result = folded if quantized is None else quantized.model
+    return Result(result, reference.model, gather)
 
 
 def _fitted(source: Model, plan: Plan, given: PlanSource | None, fit: Fit | None) -> Fitted:
@@ -243,12 +254,8 @@ def _fitted(source: Model, plan: Plan, given: PlanSource | None, fit: Fit | None
             "the plan has fitted segments (weights: regress), which need data",
             hint="--data gives calibration inputs",
         )
-    try:
+    with _naming(given):
         return fit(source, plan)
-    except PlanError as error:
-        if isinstance(given, (str, os.PathLike)):
-            raise PlanError(error.problems, where=str(given)) from None
-        raise
 
 
 def _prices(latency: str | os.PathLike[str] | LatencyTable, reference: Reference) -> Prices:
@@ -272,10 +279,17 @@ def _located(
     progress: Progress | None,
 ) -> Reference:
     """Build the reference network; errors of a plan file name the file."""
-    try:
+    with _naming(plan):
         return build_reference(
             source, parsed, chosen, allow_other_model=allow_other_model, progress=progress
         )
+
+
+@contextmanager
+def _naming(plan: PlanSource | None) -> Iterator[None]:
+    """Let errors of a plan file name the file."""
+    try:
+        yield
     except PlanError as error:
         if isinstance(plan, (str, os.PathLike)):
             raise PlanError(error.problems, where=str(plan)) from None
@@ -369,6 +383,7 @@ def _report(
     parsed: Plan | None,
     statistics: Sequence[PassStatistics],
     verification: Verification | None,
+    quantized: Quantized | None,
     clock: _Clock,
     input_shapes: Mapping[str, Sequence[int]] | None,
     fits: tuple[SegmentFit, ...],
@@ -384,6 +399,7 @@ def _report(
         every,
         verification,
         clock.seconds,
+        quantized=quantized,
         model=None if source.path is None else str(source.path),
         plan=str(plan) if isinstance(plan, (str, Path)) else None,
         plan_digest=None if parsed is None else parsed.digest,

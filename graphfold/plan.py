@@ -100,9 +100,21 @@ class Quantize(_Strict):
     """Quantization after folding, by onnxruntime's own tools."""
 
     dtype: Literal["int8"] = "int8"
-    calibration: Literal["minmax", "percentile", "entropy"] = "minmax"
-    per_channel: bool = True
-    keep_float: list[TensorName] = Field(default_factory=list)
+    calibration: Literal["minmax", "percentile", "entropy"] = Field(
+        default="minmax", description="how the ranges of activations are found on --data"
+    )
+    percentile: float | None = Field(
+        default=None,
+        gt=50,
+        le=100,
+        description="of calibration percentile: share of values inside the range, default 99.99",
+    )
+    per_channel: bool = Field(
+        default=True, description="a scale per output channel of each weight, instead of one"
+    )
+    keep_float: list[TensorName] = Field(
+        default_factory=list, description="tensors whose operators stay in float"
+    )
 
 
 def _version(value: Any) -> Any:
@@ -307,9 +319,15 @@ def _contradictions(plan: Plan) -> Iterable[Problem]:
         if getattr(plan, key) is not None and not short:
             yield Problem(key, "belongs to the short forms; each segment states its own")
     if plan.quantize is not None:
-        yield Problem("quantize", "quantization is not available in this version")
+        yield from _quantize_contradictions(plan.quantize)
     for key in ("remove_activations", "remove_convs"):
         yield from _repeated(key, getattr(plan, key))
+
+
+def _quantize_contradictions(quantize: Quantize) -> Iterable[Problem]:
+    if quantize.percentile is not None and quantize.calibration != "percentile":
+        yield Problem("quantize.percentile", "belongs to calibration: percentile")
+    yield from _repeated("quantize.keep_float", quantize.keep_float)
 
 
 def _segment_contradictions(path: str, segment: Segment) -> Iterable[Problem]:
@@ -334,6 +352,7 @@ def _segment_contradictions(path: str, segment: Segment) -> Iterable[Problem]:
 def _fitted_contradictions(path: str, segment: Segment) -> Iterable[Problem]:
     if segment.family == "identity":
         yield Problem(f"{path}.weights", "what is dropped has no weights", "leave weights out")
+        return
     for key in ("boundary", "activation", "remove_activations", "norm"):
         if getattr(segment, key) is not None:
             yield Problem(f"{path}.{key}", "belongs to weights: merge")

@@ -17,15 +17,14 @@ import onnx_ir as ir
 
 from graphfold import __version__
 from graphfold.assembly import assemble_plan, changes_anything, objective
-from graphfold.candidates import Candidate, Candidates, find_candidates
-from graphfold.choices import Choice
-from graphfold.cost import analyze
+from graphfold.candidates import Candidates, find_candidates
 from graphfold.cuts import CutLayout, choice_row, cut_layout, is_no_change
 from graphfold.depth_table import Ends, depth_rows
 from graphfold.drops import find_drops, is_drop, with_whole_blocks
 from graphfold.errors import BudgetError, UsageError
 from graphfold.graph import Graph
-from graphfold.importance import Change, DataFree, Whole, data_free
+from graphfold.importance import Change, DataFree, data_free
+from graphfold.losses import Losses
 from graphfold.measures import (
     ImportanceHeader,
     ImportanceRow,
@@ -37,6 +36,7 @@ from graphfold.measures import (
 )
 from graphfold.methods import Method, Pieces, may_choose, solve
 from graphfold.plan import ModelReference, Plan
+from graphfold.reasons import what_ends_segments, why_nothing_changes
 from graphfold.segments import inverted_residuals
 from graphfold.solver import Floor, Frontier, Solution
 
@@ -106,7 +106,12 @@ class Planning:
         except BudgetError:
             fastest = self.point(self.frontier.fastest)
             asked = f"{budget:.3f} ms was asked for"
-            if fastest.segments == 0:
+            if not fastest.segments and self.method == "layermerge":
+                raise BudgetError(
+                    f"nothing can be gained: {self._why_no_gain()}",
+                    hint="`graphfold inspect --segments` lists every segment and what ends it",
+                ) from None
+            if not fastest.segments:
                 raise BudgetError(
                     f"nothing that {self.method} may choose is faster than the model as it is, "
                     f"which takes {fastest.latency:.3f} ms; {asked}",
@@ -114,9 +119,27 @@ class Planning:
                 ) from None
             raise BudgetError(
                 f"the fastest plan takes {fastest.latency:.3f} ms, {fastest.speedup:.2f} times the "
-                f"speed of the model as it is; {asked}",
+                f"speed of the model as it is; {asked}; {what_ends_segments(self.candidates)}",
                 hint="ask for less; `graphfold plan --frontier` lists what there is",
             ) from None
+
+    def _why_no_gain(self) -> str:
+        changes = sum(not row.unchanged for row in self.latencies.rows)
+        if changes == 1:
+            return "the only replacement is not faster than what it replaces"
+        if changes:
+            return (
+                f"none of the {changes} replacements that were measured is faster than what it "
+                f"replaces"
+            )
+        changing = (
+            not is_no_change(each, choice)
+            for each in self.candidates.found
+            for choice in each.choices
+        )
+        if any(changing):
+            return "every replacement is so much larger than what it replaces that none can pay"
+        return f"no convolution can be merged or dropped: {why_nothing_changes(self.candidates)}"
 
     def plan(
         self,
@@ -361,12 +384,12 @@ def importance_without_data(
     Raises:
         UsageError: MACs depend on sizes that are not known.
     """
-    sizes = _Sizes(candidates, input_shapes)
-    changes = list(_changes(candidates, sizes, method))
+    losses = Losses(candidates, input_shapes)
+    changes = list(_changes(candidates, losses, method))
     if latencies is not None:
         keys = {_short_key(row) for row in latencies.rows}
         changes = [(row, change) for row, change in changes if _short_key(row) in keys]
-    values = data_free(kind, [change for _, change in changes], sizes.whole())
+    values = data_free(kind, [change for _, change in changes], losses.whole())
     rows = tuple(
         ImportanceRow(**_fields(row), value=value)
         for (row, _), value in zip(changes, values, strict=True)
@@ -375,22 +398,24 @@ def importance_without_data(
     return ImportanceTable(header=header, no_change=0.0, rows=rows)
 
 
-def _changes(candidates: Candidates, sizes: _Sizes, method: Method) -> Iterator[tuple[Row, Change]]:
+def _changes(
+    candidates: Candidates, losses: Losses, method: Method
+) -> Iterator[tuple[Row, Change]]:
     """What a method may do to each segment; for depth also what leaves it as it is."""
     if method in ("depth", "sequential"):
-        yield from _changes_with_states(candidates, sizes)
+        yield from _changes_with_states(candidates, losses)
     elif method != "layer-only":
         for candidate in candidates.found:
             for choice in candidate.choices:
                 row = choice_row(candidate, choice)
                 if not is_no_change(candidate, choice) and may_choose(method, row):
-                    yield row, sizes.change(candidate, choice)
+                    yield row, losses.change(candidate, choice)
     if method in ("layer-only", "sequential"):
         for drop in find_drops(candidates):
-            yield drop.row, sizes.change(drop.candidate, drop.choice)
+            yield drop.row, losses.change(drop.candidate, drop.choice)
 
 
-def _changes_with_states(candidates: Candidates, sizes: _Sizes) -> Iterator[tuple[Row, Change]]:
+def _changes_with_states(candidates: Candidates, losses: Losses) -> Iterator[tuple[Row, Change]]:
     ends = Ends(candidates)
     found = {(each.input.name, each.output.name): each for each in candidates.found}
     steps = {(step.input, step.output) for step in cut_layout(candidates).steps}
@@ -401,7 +426,7 @@ def _changes_with_states(candidates: Candidates, sizes: _Sizes) -> Iterator[tupl
             yield row, Change(activations=added)
             continue
         merge = next(choice for choice in candidate.choices if not choice.removed_convs)
-        change = sizes.change(candidate, merge)
+        change = losses.change(candidate, merge)
         yield row, replace(change, activations=change.activations + added)
         if (row.input, row.output) in steps:
             # Branches without cuts inside, which may stay as they are with the same states.
@@ -424,60 +449,6 @@ def _short_key(row: Row) -> tuple[object, ...]:
 
 def _fields(row: Row) -> dict[str, Any]:
     return {name: getattr(row, name) for name in row.model_fields_set}
-
-
-class _Sizes:
-    """MACs and l1 norms of convolutions, counted once."""
-
-    def __init__(
-        self, candidates: Candidates, input_shapes: Mapping[str, Sequence[int]] | None
-    ) -> None:
-        self.candidates = candidates
-        graph = candidates.graph
-        cost = analyze(graph, input_shapes=input_shapes)
-        macs = {node.output: node.macs for node in cost.nodes}
-        self._macs: dict[str, int] = {}
-        for site in candidates.sites.convs:
-            known = macs.get(site.name)
-            if known is None:
-                raise UsageError(
-                    f"the multiply-adds of {site.name!r} depend on sizes that are not known",
-                    hint="give --input-shape",
-                )
-            self._macs[site.name] = known
-        self._l1 = {site.name: _l1(graph, site.conv.inputs[1]) for site in candidates.sites.convs}
-
-    def whole(self) -> Whole:
-        sites = self.candidates.sites
-        return Whole(
-            activations=len(sites.activations),
-            convs=len(sites.convs),
-            macs=sum(self._macs.values()),
-            l1=sum(self._l1.values()),
-        )
-
-    def change(self, candidate: Candidate, choice: Choice) -> Change:
-        last = candidate.convs[-1]
-        # MACs per output pixel are a convolution's weights.
-        weights = last.out_channels * (last.in_channels // last.groups) * int(np.prod(last.kernel))
-        pixels = self._macs[last.name] // max(1, weights)
-        width = 1 if choice.family == "depthwise" else candidate.convs[0].in_channels
-        after = pixels * last.out_channels * width * int(np.prod(choice.kernel))
-        if choice.family == "identity":
-            after = 0
-        return Change(
-            activations=len(candidate.activations),
-            convs=len(choice.removed_convs),
-            macs_before=sum(self._macs[site.name] for site in candidate.convs),
-            macs_after=after,
-            l1_removed=sum(self._l1[name] for name in choice.removed_convs),
-        )
-
-
-def _l1(graph: Graph, value: Any) -> float:
-    weight = graph.constant(value)
-    assert weight is not None
-    return float(np.abs(weight).sum(dtype=np.float64))
 
 
 def spread_over(points: Sequence[Point], count: int) -> list[Point]:

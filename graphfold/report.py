@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from graphfold.model import Model
+    from graphfold.quantization import Quantized
     from graphfold.rewrite import Fold, PassStatistics, Skip
     from graphfold.verification import FoldComparison, Verification
 
@@ -118,6 +119,7 @@ class Report:
         statistics: per pass.
         verification: outcome, None where it was not asked for.
         seconds: time per stage.
+        quantized: INT8 as the last step, None where the plan does not ask for it.
         block_changes: cost per block of the input, before and after.
         warnings: for the user, in order.
         fits: segments whose weights come from data.
@@ -135,6 +137,7 @@ class Report:
     statistics: tuple[PassStatistics, ...]
     verification: Verification | None
     seconds: dict[str, float]
+    quantized: Quantized | None = None
     block_changes: tuple[BlockChange, ...] = ()
     warnings: tuple[str, ...] = ()
     fits: tuple[SegmentFit, ...] = ()
@@ -182,6 +185,7 @@ class Report:
             "passes": [_pass_json(item) for item in self.statistics],
             "warnings": list(self.warnings),
             "seconds": self.seconds,
+            "quantized": None if self.quantized is None else self.quantized.to_json(),
         }
         return found | self._verification_json()
 
@@ -220,6 +224,8 @@ class Report:
         found.append(self._passes())
         if self.verification is not None and self.verification.outputs:
             found.append(verification_table(self.verification))
+        if self.quantized is not None:
+            found.append(self.quantized.table())
         return [table for table in found if table.rows]
 
     def _summary(self) -> Table:
@@ -376,6 +382,7 @@ def build_report(
     verification: Verification | None,
     seconds: Mapping[str, float],
     *,
+    quantized: Quantized | None = None,
     model: str | None = None,
     output: str | None = None,
     plan: str | None = None,
@@ -395,6 +402,7 @@ def build_report(
         statistics: per pass.
         verification: None where it was not asked for.
         seconds: per stage.
+        quantized: INT8 as the last step.
         model: path of the input as the user knows it.
         output: path of what was written.
         plan: path of the plan.
@@ -423,6 +431,7 @@ def build_report(
         statistics=tuple(statistics),
         verification=verification,
         seconds=dict(seconds),
+        quantized=quantized,
         block_changes=tuple(_block_changes(before, after)),
         warnings=(*warnings, *(verification.warnings if verification else ())),
     )

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import TypeVar
 
+from graphfold.drops import is_drop
 from graphfold.measures import ImportanceRow, ImportanceTable, LatencyTable, Row
 
 _AnyRow = TypeVar("_AnyRow", bound=Row)
@@ -32,7 +33,7 @@ def shared_choices(
     by_ends: defaultdict[tuple[str, str], list[ImportanceRow]] = defaultdict(list)
     for row in importances.rows:
         by_ends[row.input, row.output].append(row)
-    timed = [row for row in latencies.rows if row.unchanged or _fits(row, by_ends)]
+    timed = [row for row in latencies.rows if _is_optional(row) or _fits(row, by_ends)]
     timed_ends: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
     for latency in timed:
         timed_ends[latency.input, latency.output].append(latency)
@@ -48,6 +49,11 @@ def shared_choices(
         f"{gone[0]} replacements without an importance and {gone[1]} without a latency cannot be "
         f"chosen; {kept} can",
     )
+
+
+def _is_optional(row: Row) -> bool:
+    """Rows that a latency table has for every method, and an importance table for few."""
+    return row.unchanged or row.input == row.output or is_drop(row)
 
 
 def _fits(row: Row, others: defaultdict[tuple[str, str], list[_AnyRow]]) -> bool:

@@ -118,7 +118,6 @@ def test_dense_layers(transposed):
         beta=2.0,
     )
     proto = net.model(y)
-    (inner,) = find_inner(Graph(load(proto)))
     kept = [0, 2, 3, 6]
     found = cut(proto, kept)
     x = random_input(proto, np.random.default_rng(1))

@@ -297,3 +297,16 @@ def test_a_shape_says_nothing_of_the_type_of_what_is_filled_with_it():
     value = next(each for node in graph.ir for each in node.outputs if each.name == "f")
     assert graph.dtype(value) == ir.DataType.FLOAT
     assert "Cast" in op_types(graphfold.optimize(proto).model)
+
+
+def test_sizes_and_comparisons_have_types_of_their_own():
+    build = ModelBuilder([2, 3, 4, 5])
+    size = build.op("Shape", build.op("Neg", "x"), out="size")
+    row = build.op("Slice", size, *(build.constant([n], dtype=np.int64) for n in (0, 2)), out="row")
+    above = build.op("Greater", "x", build.constant(0.5), out="above")
+    length = build.op("Cast", build.op("Gather", row, build.constant(0, dtype=np.int64)), to=1)
+    proto = build.model(build.op("Mul", build.op("Cast", above, to=1), length, out="y"))
+    graph = graph_of(proto)
+    found = {each.name: graph.dtype(each) for node in graph.ir for each in node.outputs}
+    assert found["size"] == found["row"] == ir.DataType.INT64
+    assert found["above"] == ir.DataType.BOOL

@@ -14,7 +14,7 @@ from builders import ModelBuilder, run
 import graphfold
 from graphfold.assembly import assemble_plan, objective
 from graphfold.errors import BudgetError, MeasuresError, UsageError
-from graphfold.importance import Change, Whole, data_free
+from graphfold.importance import Change, Lost, Whole, data_free
 from graphfold.layout import Chain, Join, Layout
 from graphfold.measures import (
     Candidate,
@@ -427,16 +427,16 @@ def test_the_objective_tells_what_a_plan_was_made_for() -> None:
 WHOLE = Whole(activations=6, convs=4, macs=1000, l1=50.0)
 
 
-def test_importances_without_data_are_shares_of_what_is_removed() -> None:
+def test_importances_without_data_are_shares_of_what_is_lost() -> None:
     changes = [
         Change(),
-        Change(activations=2, macs_before=300, macs_after=100),
-        Change(activations=1, macs_before=100, macs_after=300),
-        Change(convs=1, macs_before=100, l1_removed=5.0),
+        Change(activations=2, macs=Lost(linear=300)),
+        Change(activations=1, macs=Lost(linear=100, moved=40)),
+        Change(convs=1, activations=1, macs=Lost(removed=100, linear=100), l1=Lost(removed=5.0)),
     ]
-    assert data_free("uniform", changes, WHOLE) == [0.0, -0.2, -0.1, -0.1]
-    assert data_free("macs", changes, WHOLE) == pytest.approx([0.0, -0.2, 0.0, -0.1], abs=1e-6)
-    assert data_free("l1", changes, WHOLE) == pytest.approx([0.0, 0.0, 0.0, -0.1], abs=1e-6)
+    assert data_free("uniform", changes, WHOLE) == [0.0, -0.2, -0.1, -0.2]
+    assert data_free("macs", changes, WHOLE) == pytest.approx([0, -0.15, -0.07, -0.1], abs=1e-6)
+    assert data_free("l1", changes, WHOLE) == pytest.approx([0.0, 0.0, 0.0, -0.05], abs=1e-6)
     for model in ("macs", "l1"):
         no_change, *others = data_free(model, changes, WHOLE)  # type: ignore[arg-type]
         assert no_change == 0

@@ -15,6 +15,7 @@ from graphfold.plan import Plan, json_path, json_schema, nearest, read_plan
 
 PLANS = sorted((Path(__file__).parents[1] / "examples" / "plans").glob("*.json"))
 SEGMENT = {"input": "a", "output": "b", "boundary": "exact"}
+FITTED = {"input": "a", "output": "b", "weights": "regress"}
 
 
 def problems(plan: Any) -> list[Problem]:
@@ -223,14 +224,27 @@ def test_all_problems_come_at_once():
         ({"segments": [{"input": "a", "output": "b"}]}, "segments[0].boundary", "is required"),
         ({"segments": [{**SEGMENT, "output": "a"}]}, "segments[0]", "the same tensor 'a'"),
         (
-            {"segments": [{**SEGMENT, "weights": "regress"}]},
-            "segments[0].weights",
-            "fitted segments are not available",
+            {"segments": [{**SEGMENT, "weights": "regress", "family": "pointwise"}]},
+            "segments[0].boundary",
+            "belongs to weights: merge",
+        ),
+        ({"segments": [{**FITTED, "family": "dense"}]}, "segments[0].kernel", "is required"),
+        ({"segments": [{**FITTED, "family": "narrow"}]}, "segments[0].width", "is required"),
+        ({"segments": [{**FITTED, "family": "identity"}]}, "segments[0].weights", "no weights"),
+        (
+            {"segments": [{**FITTED, "family": "low_rank", "kernel": [1, 1]}]},
+            "segments[0].rank",
+            "is required",
+        ),
+        (
+            {"segments": [{**FITTED, "family": "narrow", "width": 8, "kernel": [3, 3]}]},
+            "segments[0].kernel",
+            "narrow keeps",
         ),
         (
             {"segments": [{**SEGMENT, "family": "low_rank", "rank": 4}]},
             "segments[0].weights",
-            "fitted segments are not available",
+            "say regress",
         ),
         ({"segments": [{**SEGMENT, "norm": "after"}]}, "segments[0].norm", "not available"),
         ({"segments": [{**SEGMENT, "rank": 2}]}, "segments[0].rank", "family: low_rank"),
@@ -251,7 +265,8 @@ def test_all_problems_come_at_once():
         ({"keep_blocks": [1], "segments": [SEGMENT]}, "segments", "states all segments itself"),
         ({"boundary": "hoist"}, "boundary", "belongs to the short forms"),
         ({"activation": "Relu"}, "activation", "belongs to the short forms"),
-        ({"quantize": {}}, "quantize", "not available in this version"),
+        ({"quantize": {"percentile": 99}}, "quantize.percentile", "belongs to calibration"),
+        ({"quantize": {"keep_float": ["a", "a"]}}, "quantize.keep_float[1]", "named twice"),
         ({"merge": "cheaper"}, "merge", "belongs to keep_blocks"),
         ({"keep_blocks": [1], "merge": "cheaper", "boundary": "hoist"}, "merge", "boundary exact"),
     ],

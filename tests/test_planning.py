@@ -126,8 +126,9 @@ def test_what_no_plan_reaches_is_told_with_what_one_does():
 class Device:
     """Stands for measuring: a folded network is as fast as the tables say, times a factor."""
 
-    def __init__(self, factor: float) -> None:
+    def __init__(self, factor: float, *spreads: float) -> None:
         self.factor = factor
+        self.spreads = list(spreads)
         self.measured: list[float] = []
 
     def __call__(self, models: Any, **options: Any) -> Any:
@@ -136,7 +137,9 @@ class Device:
             sum(node.op_type == "Conv" for node in model.ir.graph) + 1.0 for model in models
         )
         self.measured.append(before / after * self.factor)
-        return SimpleNamespace(models=[None, SimpleNamespace(speedup=self.measured[-1])])
+        spread = self.spreads.pop(0) if self.spreads else 0.0
+        found = SimpleNamespace(speedup=self.measured[-1], speedup_spread=spread)
+        return SimpleNamespace(models=[None, found])
 
 
 def test_a_plan_that_is_slower_than_predicted_is_chosen_again(monkeypatch: pytest.MonkeyPatch):
@@ -151,6 +154,19 @@ def test_a_plan_that_is_slower_than_predicted_is_chosen_again(monkeypatch: pytes
     assert found.measured in device.measured
 
 
+def test_unsteady_measurements_are_repeated_and_told(monkeypatch: pytest.MonkeyPatch):
+    model = network()
+    options = {"latency": latencies(model), "importance": "uniform", "speedup": 1.2}
+    device = Device(1.0, 0.3, 0.05)
+    monkeypatch.setattr(planning_module, "compare", device)
+    found = graphfold.make_plan(model, confirm=True, **options)
+    assert len(device.measured) >= 2
+    assert not any("quieter" in text for text in found.warnings)
+    monkeypatch.setattr(planning_module, "compare", Device(1.0, *[0.3] * 99))
+    found = graphfold.make_plan(model, confirm=True, **options)
+    assert sum("quieter" in text for text in found.warnings) == 1
+
+
 def test_where_nothing_measured_is_fast_enough_there_is_no_plan(monkeypatch: pytest.MonkeyPatch):
     model = network()
     monkeypatch.setattr(planning_module, "compare", Device(0.2))
@@ -158,6 +174,46 @@ def test_where_nothing_measured_is_fast_enough_there_is_no_plan(monkeypatch: pyt
         graphfold.make_plan(
             model, latency=latencies(model), importance="uniform", speedup=1.3, confirm=True
         )
+
+
+def test_of_plans_that_are_fast_enough_the_finest_is_looked_for(monkeypatch: pytest.MonkeyPatch):
+    model = network()
+    device = Device(1.5)
+    monkeypatch.setattr(planning_module, "compare", device)
+    found = graphfold.make_plan(
+        model, latency=latencies(model, gain=0.4), importance="uniform", speedup=1.51, confirm=True
+    )
+    assert found.measured == min(each for each in device.measured if each >= 1.51)
+    assert found.measured > 1.51 * planning_module.LARGEST_EXCESS
+    assert any("no finer plan" in text for text in found.warnings)
+
+
+def test_where_no_replacement_pays_nothing_can_be_gained():
+    model = network()
+    with pytest.raises(BudgetError, match=r"none of the .* is faster than what it replaces"):
+        graphfold.make_plan(
+            model, latency=latencies(model, gain=2.0), importance="macs", speedup=1.3
+        )
+
+
+def test_where_every_convolution_stands_alone_the_reason_is_told():
+    build = ModelBuilder([1, 3, 16, 16])
+    y = build.op("MaxPool", build.conv("x", 8, 3), kernel_shape=[2, 2], out="pooled", channels=8)
+    model = build.model(build.conv(y, 4, 3, out="y"))
+    with pytest.raises(BudgetError, match="segments end where MaxPool is not linear"):
+        graphfold.make_plan(model, latency=latencies(model), importance="macs", speedup=1.3)
+
+
+def test_the_sizes_that_latencies_were_measured_at_hold_for_the_plan():
+    build = ModelBuilder(["n", 3, "h", "w"])
+    y = build.op("Relu", build.conv("x", 8, 3, pad=1))
+    model = build.model(build.conv(y, 8, 3, pad=1, out="y"))
+    table = latencies(model)
+    with pytest.raises(UsageError, match="--input-shape"):
+        graphfold.make_plan(model, latency=table, importance="macs", speedup=1.1)
+    header = table.header.model_copy(update={"inputs": {"x": (1, 3, 32, 32)}})
+    measured = table.model_copy(update={"header": header})
+    assert graphfold.make_plan(model, latency=measured, importance="macs", speedup=1.1).plan
 
 
 @pytest.mark.parametrize(

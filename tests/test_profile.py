@@ -23,6 +23,7 @@ from graphfold.calibration.kernels import (
     own_kernels,
     undisturbed,
 )
+from graphfold.calibration.profile import profile_model
 from graphfold.calibration.snippets import Snippets, is_hopeless
 from graphfold.calibration.timing import DeviceTimer, Settings
 from graphfold.calibration.wholes import scale_of
@@ -262,6 +263,28 @@ def test_spread_above_ten_percent_is_measured_again_and_told():
     assert len(timers[0].seen) == 3 * len(set(timers[0].seen))
 
 
+def test_long_runs_are_compared_in_few_rounds(monkeypatch):
+    timer = DeviceTimer(load(network()), Settings())
+    runs = []
+    monkeypatch.setattr(timer, "_whole", lambda: runs.append(1))
+    monkeypatch.setattr(timer, "_seconds", 2 * timing._SHORT_SECONDS)
+    monkeypatch.setattr(timing, "_COMPARED_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_LONGEST_COMPARISON", 0.0)
+    assert timer.compare(None)[1] == 1
+    assert len(runs) == timing._WARM_UP_RUNS + timing._FEWEST_ROUNDS
+
+
+def test_long_rounds_are_few(monkeypatch):
+    timer = DeviceTimer(load(network()), Settings())
+    assert timer._alternate(lambda: None, lambda: None, 20, 0.0) == timing._FEWEST_ROUNDS
+    monkeypatch.setattr(timing, "_LONG_SECONDS", 0.0)
+    assert timer._alternate(lambda: None, lambda: None, 20, 0.0) == timing._FEWEST_LONG_ROUNDS
+
+
+def test_a_table_tells_the_sizes_that_it_was_measured_at():
+    assert faked().table.header.inputs == {"x": (1, 3, 16, 16)}
+
+
 def test_a_time_budget_is_shared_out(monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(measuring.time, "monotonic", lambda: clock[0])
@@ -377,6 +400,28 @@ def test_the_command_writes_a_table(run, model, tmp_path):
     assert document["header"]["provider"] == "CPUExecutionProvider"
     assert document["header"]["model"]["name"] == "model.onnx"
     assert all(row.value >= 0 for row in table.rows)
+
+
+@pytest.mark.parametrize("profiled", [True, False])
+def test_int8_times_quantized_kernels(monkeypatch, profiled):
+    opened = []
+
+    class Watched(timing.Session):
+        def __init__(self, runnable, **options):
+            super().__init__(runnable, **options)
+            opened.append({node.op_type for node in runnable.proto.graph.node})
+
+    model = load(network())
+    settings = Settings(dtype="int8", input_shapes={"": (1, 3, 16, 16)})
+    timer = DeviceTimer(model, settings, kernels=profiled)
+    monkeypatch.setattr(timing, "Session", Watched)
+    monkeypatch.setattr(kernels, "Session", Watched)
+    found = profile_model(model, dtype="int8", time_budget=1.0, make_timer=lambda *_: timer)
+    assert found.table.header.dtype == "int8"
+    assert "dtype int8" in found.tables()[0].note
+    assert len(opened) > 2
+    assert all("QuantizeLinear" in operators for operators in opened)
+    assert all(row.value >= 0 for row in found.table.rows)
 
 
 @pytest.mark.parametrize(

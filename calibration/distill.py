@@ -1,0 +1,494 @@
+"""Repair by self-distillation: a changed network learns its original's outputs, without labels.
+
+The original runs beside the student on the same augmented images. What the student minimises is
+the Kullback-Leibler divergence of the original's class probabilities from its own (for outputs
+that are no classes, the squared error over the variance of the original's output), plus the same
+normalised error at inner tensors that both have. Steps are Adam's, scaled by the size of the
+weights of each output channel, so that one step size fits layers and networks of every scale, and
+they decay as a cosine to zero.
+
+Few images are easily learned by heart. Some are held back, never trained on, and decide: the best
+state by their divergence is returned, and only if it is better there by more than two standard
+errors of the paired difference. Otherwise the student comes back as it was.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from graphfold.calibration.bridge import OnnxModule, bridge
+from graphfold.errors import DataError, UsageError
+from graphfold.graph import is_op
+from graphfold.specs import Arrays
+from graphfold.tensors import values_by_name
+
+# After bridge, which says what to install where it is missing.
+import torch  # isort: skip
+from torch import Tensor  # isort: skip
+from torch.nn import functional as F  # isort: skip # noqa: N812 - the usual name
+
+if TYPE_CHECKING:
+    from graphfold.model import Model
+
+_BATCH = 25
+_EVALUATIONS = 8
+_HOLD_EVERY = 5  # one image of so many is held back
+_FEWEST = 2 * _HOLD_EVERY
+_WARM_UP = 10  # steps
+_DECAY = (0.9, 0.99)  # of Adam's averages of gradients and of their squares
+_SMALLEST_SCALE = 1e-2  # of a bias that is all zeros
+_STANDARD_ERRORS = 2.0
+_TINY = 1e-12
+_PASSES_LOGITS_ON = ("Identity", "Reshape", "Flatten", "Squeeze", "Add")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the training stands.
+
+    Attributes:
+        step: how many steps were made.
+        part: how much of the training was over before the last of them, from 0 to 1.
+        loss: of the last step.
+        held_back: mean divergence on the held-back images when they were last looked at.
+    """
+
+    step: int
+    part: float
+    loss: float
+    held_back: float
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What came of it.
+
+    Attributes:
+        model: the repaired student, or the student as it was.
+        is_kept: whether the held-back images confirmed the repair.
+        before, after: mean divergence on the held-back images of the student as it was, and of
+            its best state; `after` is that of the model only if it is kept.
+        best_step: after how many steps the best state was reached.
+        steps: how many were made.
+        curve: step and mean held-back divergence at each evaluation.
+    """
+
+    model: Model
+    is_kept: bool
+    before: float
+    after: float
+    best_step: int
+    steps: int
+    curve: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One output to match: the tensor's name in each model, and whether it holds logits."""
+
+    student: str
+    teacher: str
+    is_logits: bool
+
+
+def distill(
+    student: Model,
+    teacher: Model,
+    batches: Sequence[Arrays],
+    *,
+    minutes: float,
+    features: Sequence[str] = (),
+    step_size: float = 6e-4,
+    steps: int | None = None,
+    augment: bool = True,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Callable[[Progress], None] | None = None,
+) -> Distilled:
+    """Train a student to give its teacher's outputs.
+
+    Args:
+        student: the model to repair; it is not changed.
+        teacher: the original, with the same inputs and outputs.
+        batches: images as the models take them, by input name, samples along the first axis.
+        minutes: for everything; as many steps are made as fit.
+        features: names of inner tensors, the same in both models, to be matched as well.
+        step_size: length of a step as a part of the size of the weights of an output channel.
+        steps: make so many, as far as time allows; two runs of the same number and seed are equal.
+        augment: show each image mirrored at random and zoomed in by up to a quarter.
+        seed: of the order of the images and of what is done to them.
+        device: where torch runs.
+        progress: called after each step.
+
+    Raises:
+        UsageError: the models differ in inputs or outputs, or no time is left for training.
+        DataError: fewer than 10 images, or arrays that are not equally long.
+        BridgeError: a model does not run in torch.
+    """
+    started = _now()
+    targets = _targets(student, teacher)
+    names = [[target.student for target in targets], [target.teacher for target in targets]]
+    learner = bridge(student, outputs=[*names[0], *features]).to(device)
+    original = bridge(teacher, outputs=[*names[1], *features]).to(device)
+    if set(learner.input_names) != set(original.input_names):
+        raise UsageError("student and teacher do not have the same inputs")
+    images = _Images(batches, learner.input_names, _fixed_batch(student))
+    training = _Training(learner, original, targets, features, images, device)
+    best = _Best(_Judge(training))
+    budget = _Budget(steps, started + 60 * minutes - best.seconds)
+    optimizer = _ScaledAdam(learner, step_size)
+    generator = torch.Generator().manual_seed(seed)
+    done = 0
+    for rows in images.shuffled(generator):
+        part = budget.spent(done)
+        if part >= 1.0:
+            break
+        if part * _EVALUATIONS >= len(best.curve):
+            best.look(done)
+        loss = training.loss(images.batch(rows, device, generator if augment else None))
+        optimizer.step(loss, _schedule(done, part))
+        done += 1
+        if progress is not None:
+            progress(Progress(done, part, float(loss.detach()), best.curve[-1][1]))
+    best.look(done)
+    is_kept = _is_better(best.divergences, best.before)
+    learner.load_state_dict(best.state)
+    return Distilled(
+        learner.to_model() if is_kept else student.clone(),
+        is_kept,
+        float(best.before.mean()),
+        float(best.divergences.mean()),
+        best.step,
+        done,
+        tuple(best.curve),
+    )
+
+
+_now = time.monotonic
+
+
+class _Budget:
+    """How much of the training is over, by steps where their number is given, else by time."""
+
+    def __init__(self, steps: int | None, end: float) -> None:
+        self._steps = steps
+        self._begin, self._end = _now(), end
+        if self._begin >= end:
+            raise UsageError(
+                "no time is left for training: reading and judging the images took all of it",
+                hint="give more minutes",
+            )
+
+    def spent(self, done: int) -> float:
+        """From 0 to 1."""
+        now = _now()
+        by_time = (now - self._begin) / (self._end - self._begin)
+        if self._steps is None or by_time >= 1.0:
+            return by_time
+        return done / self._steps
+
+
+def _schedule(done: int, part: float) -> float:
+    """The part of the full step size: a short rise, then half a cosine to zero."""
+    rise = min(1.0, (done + 1) / _WARM_UP)
+    return rise * 0.5 * (1.0 + math.cos(math.pi * part))
+
+
+def _is_better(after: Tensor, before: Tensor) -> bool:
+    gain = before - after
+    error = gain.std() / math.sqrt(len(gain))
+    return bool(gain.mean() > _STANDARD_ERRORS * error)
+
+
+# --- what is matched --------------------------------------------------------------------------
+
+
+def _targets(student: Model, teacher: Model) -> list[_Target]:
+    found = []
+    outputs = [
+        [value.name or "" for value in model.ir.graph.outputs] for model in (student, teacher)
+    ]
+    if sorted(outputs[0]) != sorted(outputs[1]):
+        raise UsageError(
+            f"the student's outputs are {', '.join(outputs[0])}, the teacher's are "
+            f"{', '.join(outputs[1])}",
+            hint="a teacher has the same outputs as its student",
+        )
+    for name in outputs[0]:
+        own, own_is_logits = _logits(student, name)
+        other, other_is_logits = _logits(teacher, name)
+        both = own_is_logits and other_is_logits
+        found.append(_Target(own, other, True) if both else _Target(name, name, False))
+    return found
+
+
+def _logits(model: Model, name: str) -> tuple[str, bool]:
+    """The tensor of logits behind an output, and whether there is one.
+
+    Classes are what a Softmax makes over the last of two axes, and what a fully connected layer
+    gives at the end.
+    """
+    value = values_by_name(model.ir.graph)[name]
+    rank = None if value.shape is None else len(value.shape)
+    node = value.producer()
+    if is_op(node, "Identity") and node is not None and node.inputs[0] is not None:
+        value, node = node.inputs[0], node.inputs[0].producer()
+    if rank != 2 or node is None:
+        return name, False
+    if is_op(node, "Softmax", "LogSoftmax") and node.inputs[0] is not None:
+        return node.inputs[0].name or "", True
+    while node is not None and is_op(node, *_PASSES_LOGITS_ON):
+        makers = [item.producer() for item in node.inputs if item is not None]
+        node = next((n for n in makers if n is not None and not is_op(n, "Constant")), None)
+    return value.name or "", is_op(node, "Gemm", "MatMul")
+
+
+def _divergences(student: Tensor, teacher: Tensor, target: _Target) -> Tensor:
+    """How far apart they are, for each image."""
+    if target.is_logits:
+        own, other = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
+        return F.kl_div(own, other, reduction="none", log_target=True).sum(-1)
+    return _normalised_errors(student, teacher)
+
+
+def _normalised_errors(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error for each image, over the variance of the teacher's tensor."""
+    squares = (student - teacher).square().reshape(len(teacher), -1).mean(1)
+    return squares / (teacher.var(correction=0) + _TINY)
+
+
+class _Training:
+    """Student and teacher with what is to be matched."""
+
+    def __init__(
+        self,
+        student: OnnxModule,
+        teacher: OnnxModule,
+        targets: Sequence[_Target],
+        features: Sequence[str],
+        images: _Images,
+        device: str,
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.targets = targets
+        self.features = features
+        self.images = images
+        self.device = device
+
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Divergence of the outputs plus the mean error of the features."""
+        own = self.student(batch)
+        with torch.no_grad():
+            other = self.teacher(batch)
+        total = self._output_divergences(own, other).mean()
+        errors = [_normalised_errors(own[name], other[name]).mean() for name in self.features]
+        return total + sum(errors) / len(errors) if errors else total
+
+    def _output_divergences(self, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
+        parts = [_divergences(own[t.student], other[t.teacher], t) for t in self.targets]
+        return torch.stack(parts).mean(0)
+
+    def divergences(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+        """Of the outputs alone, for each image."""
+        return self._output_divergences(student, teacher)
+
+
+class _Judge:
+    """Divergence on the held-back images; the teacher's outputs are computed once."""
+
+    def __init__(self, training: _Training) -> None:
+        self._training = training
+        images = training.images
+        size = images.size
+        self._rows = [
+            images.held_back[start : start + size]
+            for start in range(0, len(images.held_back) - images.rest, size)
+        ]
+        names = [target.teacher for target in training.targets]
+        self._expected = []
+        with torch.no_grad():
+            for rows in self._rows:
+                found = training.teacher(images.batch(rows, training.device, None))
+                self._expected.append({name: found[name] for name in names})
+
+    def divergences(self) -> Tensor:
+        """For each image, in order, in double precision on the CPU."""
+        training = self._training
+        parts = []
+        with torch.no_grad():
+            for rows, expected in zip(self._rows, self._expected, strict=True):
+                found = training.student(training.images.batch(rows, training.device, None))
+                parts.append(training.divergences(found, expected).double().cpu())
+        return torch.nan_to_num(torch.cat(parts), nan=math.inf)
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the student's tensors."""
+        state = self._training.student.state_dict()
+        return {key: item.detach().clone() for key, item in state.items()}
+
+
+class _Best:
+    """The student's best state so far, by the held-back images."""
+
+    def __init__(self, judge: _Judge) -> None:
+        self._judge = judge
+        begin = _now()
+        self.before = self.divergences = judge.divergences()
+        self.seconds = _now() - begin
+        self.step = 0
+        self.state = judge.state()
+        self.curve = [(0, float(self.before.mean()))]
+
+    def look(self, done: int) -> None:
+        """Judge the student after so many steps."""
+        found = self._judge.divergences()
+        self.curve.append((done, float(found.mean())))
+        if found.mean() < self.divergences.mean():
+            self.divergences, self.step, self.state = found, done, self._judge.state()
+
+
+# --- images -----------------------------------------------------------------------------------
+
+
+class _Images:
+    """Rows of the batches that were given, without a copy of them.
+
+    Attributes:
+        size: of the batches that are made of them.
+        training, held_back: numbers of the images for each purpose.
+        rest: how many held-back images do not fill a batch of a fixed size.
+    """
+
+    def __init__(self, batches: Sequence[Arrays], names: Sequence[str], fixed: int | None) -> None:
+        self._batches = batches
+        self._names = names
+        self._places = []
+        for number, batch in enumerate(batches):
+            missing = [name for name in names if name not in batch]
+            if missing:
+                raise DataError(f"batch {number} has no {', '.join(missing)}")
+            lengths = {len(batch[name]) for name in names}
+            if len(lengths) != 1:
+                raise DataError(f"batch {number} has arrays of unequal lengths")
+            self._places += [(number, row) for row in range(lengths.pop())]
+        if len(self._places) < max(_FEWEST, _HOLD_EVERY * (fixed or 1)):
+            raise DataError(
+                f"{len(self._places)} images are too few to train on some and judge by others",
+                hint="give some hundreds",
+            )
+        everything = range(len(self._places))
+        self.held_back = [row for row in everything if row % _HOLD_EVERY == _HOLD_EVERY - 1]
+        self.training = [row for row in everything if row % _HOLD_EVERY != _HOLD_EVERY - 1]
+        self.size = fixed or min(_BATCH, len(self.training))
+        self.rest = len(self.held_back) % fixed if fixed else 0
+
+    def shuffled(self, generator: torch.Generator) -> Iterator[list[int]]:
+        """The training images of each step: all of them before any comes again."""
+        order: list[int] = []
+        while True:
+            while len(order) < self.size:
+                picks = torch.randperm(len(self.training), generator=generator).tolist()
+                order += [self.training[pick] for pick in picks]
+            yield order[: self.size]
+            order = order[self.size :]
+
+    def batch(
+        self, rows: Sequence[int], device: str, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """These images, changed at random where a generator is given."""
+        made = {}
+        for name in self._names:
+            parts = [self._batches[b][name][row] for b, row in (self._places[r] for r in rows)]
+            tensor = torch.from_numpy(np.stack(parts))
+            made[name] = (tensor if generator is None else _augment(tensor, generator)).to(device)
+        return made
+
+
+def _fixed_batch(model: Model) -> int | None:
+    """The batch size that the model's inputs insist on."""
+    for value in model.ir.graph.inputs:
+        if not value.is_initializer() and value.shape is not None and len(value.shape):
+            size = value.shape[0]
+            if isinstance(size, int) and size > 0:
+                return size
+    return None
+
+
+def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror and zoom into each image at random; what is no batch of images stays."""
+    if images.ndim != 4 or not images.is_floating_point():
+        return images
+    channels_last = images.shape[1] > 4 and images.shape[3] <= 4
+    planes = images.movedim(-1, 1) if channels_last else images
+    count = len(planes)
+    drawn = torch.rand(count, 4, generator=generator, dtype=planes.dtype)
+    zoom = 1 - drawn[:, 0] / 4
+    mirror = torch.where(drawn[:, 1] < 0.5, -1.0, 1.0)
+    shift = (2 * drawn[:, 2:] - 1) * (1 - zoom)[:, None]
+    transform = torch.zeros(count, 2, 3, dtype=planes.dtype)
+    transform[:, 0, 0], transform[:, 1, 1], transform[:, :, 2] = zoom * mirror, zoom, shift
+    grid = F.affine_grid(transform, list(planes.shape), align_corners=False)
+    planes = F.grid_sample(planes, grid, padding_mode="border", align_corners=False)
+    return planes.movedim(1, -1) if channels_last else planes
+
+
+# --- steps ------------------------------------------------------------------------------------
+
+
+class _ScaledAdam:
+    """Adam in units of the size of each output channel's weights at the start."""
+
+    def __init__(self, module: OnnxModule, step_size: float) -> None:
+        self._step_size = step_size
+        self._weights = list(module.weights.items())
+        self._scales = [_scale(module, name, weight) for name, weight in self._weights]
+        self._averages = [torch.zeros_like(weight) for _, weight in self._weights]
+        self._squares = [torch.zeros_like(weight) for _, weight in self._weights]
+        self._count = 0
+
+    def step(self, loss: Tensor, part: float) -> None:
+        """One step down, `part` of the full size."""
+        weights = [weight for _, weight in self._weights]
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, weights, allow_unused=True)
+        self._count += 1
+        first, second = (1 - decay**self._count for decay in _DECAY)
+        everything = zip(
+            self._weights, gradients, self._scales, self._averages, self._squares, strict=True
+        )
+        with torch.no_grad():
+            for (_, weight), gradient, scale, average, square in everything:
+                if gradient is None:
+                    continue
+                average.lerp_(gradient, 1 - _DECAY[0])
+                square.lerp_(gradient.square(), 1 - _DECAY[1])
+                direction = (average / first) / ((square / second).sqrt() + _TINY)
+                weight.sub_(self._step_size * part * scale * direction)
+
+
+def _scale(module: OnnxModule, name: str, weight: Tensor) -> Tensor:
+    """Root mean square of the weights of each output channel, or of a whole bias."""
+    values = weight.detach()
+    axis = _channel_axis(module, name)
+    if axis is None or values.ndim < 2:
+        return values.square().mean().sqrt().clamp(min=_SMALLEST_SCALE)
+    others = [other for other in range(values.ndim) if other != axis % values.ndim]
+    return values.square().mean(others, keepdim=True).sqrt()
+
+
+def _channel_axis(module: OnnxModule, name: str) -> int | None:
+    """The axis of a weight that counts its layer's outputs."""
+    for call, index in module.readers(name):
+        if index != 1:
+            continue
+        if call.op_type in ("Conv", "ConvTranspose"):
+            return 0 if call.op_type == "Conv" else 1
+        if call.op_type in ("Gemm", "MatMul"):
+            return 0 if call.get("transB", 0) else -1
+    return None
