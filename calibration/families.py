@@ -2,7 +2,7 @@
 
 - narrow: fewer inner channels, at several widths.
 - identity: nothing, where both ends have the same shape.
-- dense: one convolution, of every kernel that a merge could have; pointwise where none of them is 1.
+- dense: one convolution, of every kernel that a merge could have; and of kernel 1 (pointwise).
 - depthwise: one filter per channel, where the numbers of channels are equal.
 - low_rank: a convolution to few channels and a pointwise one behind it.
 
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, get_args
 
 from graphfold.calibration.channels import Inner
 from graphfold.calibration.nodetimes import step_of
+from graphfold.calibration.places import Segment
 from graphfold.calibration.snippets import Snippet, Snippets, is_hopeless
-from graphfold.calibration.workbench import Key, Replacement, Segment, Workbench
+from graphfold.calibration.workbench import Key, Replacement, Workbench
 from graphfold.candidates import Candidate, Candidates
 from graphfold.choices import Choice
 from graphfold.cuts import CutLayout, choice_row
@@ -166,7 +167,7 @@ class Alternatives:
             yield Alternative(row, place.key, replacement, snippet)
 
     def _is_smaller(self, candidate: Candidate, replacement: Replacement, snippet: Snippet) -> bool:
-        """Whether a map of low rank has fewer multiply-adds than one of full rank, which is better."""
+        """Whether a map of low rank costs less than one of full rank, which is better."""
         full = self._snippets.fitted(candidate, "dense", replacement.kernel or (), None)
         return snippet.cost < full.cost
 

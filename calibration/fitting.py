@@ -63,14 +63,14 @@ def sketch_plan(model: Model, plan: Plan) -> Fitted:
     Raises:
         PlanError: segments that cannot be fitted; all of them.
     """
-    return _in_place(model, plan, Sketch, lambda bench, state: None)
+    return _in_place(model, plan, Sketch)
 
 
 def _in_place(
     model: Model,
     plan: Plan,
     make: Callable[[Model], Workbench],
-    collect: Callable[[Workbench, State], None],
+    collect: Callable[[Workbench, State], None] | None = None,
 ) -> Fitted:
     from graphfold.optimizer import optimize_model
 
@@ -78,7 +78,8 @@ def _in_place(
     copy = model.clone()
     graph = Graph(copy)
     state = _state(bench, graph, plan)
-    collect(bench, state)
+    if collect is not None:
+        collect(bench, state)
     bench.apply(graph, state)
     fits = tuple(
         SegmentFit(*key, str(each), bench.errors[key, each]) for key, each in state.items()

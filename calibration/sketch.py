@@ -18,7 +18,7 @@ from graphfold.calibration.regression import Matrix
 from graphfold.calibration.workbench import Key, Replacement, Workbench
 
 if TYPE_CHECKING:
-    from graphfold.calibration.workbench import Segment
+    from graphfold.calibration.places import Segment
 
 
 class Sketch(Workbench):
