@@ -7,7 +7,7 @@
 - low_rank: a convolution to few channels and a pointwise one behind it.
 
 Long segments are left out: a fit over many activations explains little, and two short ones
-together are looked at anyway. So is what can never pay, by the rule of latency tables.
+together are looked at anyway. So is what can never pay by its size, and what has too many features.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, get_args
 from graphfold.calibration.channels import Inner
 from graphfold.calibration.nodetimes import step_of
 from graphfold.calibration.places import Segment
-from graphfold.calibration.snippets import Snippet, Snippets, is_hopeless
-from graphfold.calibration.workbench import Key, Replacement, Workbench
+from graphfold.calibration.snippets import Snippet, Snippets
+from graphfold.calibration.workbench import LARGEST_FEATURES, Key, Replacement, Workbench
 from graphfold.candidates import Candidate, Candidates
 from graphfold.choices import Choice
 from graphfold.cuts import CutLayout, choice_row
@@ -39,6 +39,10 @@ MOST_CONVS = 4
 _WIDTHS = (7 / 8, 3 / 4, 1 / 2, 1 / 4)
 _RANKS = (1 / 2, 1 / 4)
 _RANK_STEP = 8
+# Of what a segment costs in multiply-adds and traffic: a dense convolution is quicker for its size
+# than depthwise ones are, but not by more; the others are there to be quick.
+_DEAREST_DENSE = 1.5
+_DEAREST: Mapping[Family, float] = {"low_rank": 0.75, "depthwise": 0.75}
 
 
 @dataclass(frozen=True)
@@ -153,12 +157,13 @@ class Alternatives:
         for row, replacement in _convolutions(candidate, place):
             if _asked_for(replacement) not in families:
                 continue
-            if not place.takes(replacement.kernel or ()):
+            if not _can_be_fitted(place, replacement.kernel or ()):
                 continue
             snippet = self._snippets.fitted(
                 candidate, replacement.family, row.kernel or (), replacement.rank
             )
-            if is_hopeless(snippet, replaced):
+            limit = _DEAREST.get(replacement.family, _DEAREST_DENSE)
+            if snippet.cost > limit * sum(item.cost for item in replaced):
                 continue
             if replacement.family == "low_rank" and not self._is_smaller(
                 candidate, replacement, snippet
@@ -170,6 +175,11 @@ class Alternatives:
         """Whether a map of low rank costs less than one of full rank, which is better."""
         full = self._snippets.fitted(candidate, "dense", replacement.kernel or (), None)
         return snippet.cost < full.cost
+
+
+def _can_be_fitted(place: Segment, kernel: Sequence[int]) -> bool:
+    features = place.channels[0] * math.prod(kernel)
+    return features <= LARGEST_FEATURES and place.takes(kernel)
 
 
 def _asked_for(replacement: Replacement) -> Family:

@@ -6,6 +6,7 @@ itself, where the rest of the plan is applied as ever. Same data, same plan: sam
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -156,9 +157,11 @@ def _sizes(sizes: Sequence[int]) -> str:
 
 
 def _nearest_key(key: Key, known: Sequence[Key]) -> str | None:
-    ends = [each for each in known if each[1] == key[1]] or [
-        each for each in known if each[0] == key[0]
-    ]
-    if ends:
-        return f"there is one from {ends[0][0]!r} to {ends[0][1]!r}"
+    """The place with one of these ends whose other end is named most alike."""
+    for end, other in ((1, 0), (0, 1)):
+        ends = [each for each in known if each[end] == key[end]]
+        if ends:
+            (close,) = difflib.get_close_matches(key[other], [e[other] for e in ends], 1, 0.0)
+            source, target = next(each for each in ends if each[other] == close)
+            return f"there is one from {source!r} to {target!r}"
     return nearest(key[1], [each[1] for each in known])

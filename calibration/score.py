@@ -242,16 +242,12 @@ def _measure(
     for batch in _batches(missing):
         progress("measuring damage", done, len(found))
         done += len(batch)
-        fitted = [each for each in batch if _is_fitted(bench, each)]
+        fitted = [each for each in batch if bench.can_fit(each.key, each.replacement)]
         tallies = context.tallies({}, [(each.key, each.replacement) for each in fitted], None)
         entries: dict[str, Any] = dict.fromkeys(each.name for each in batch)
         for each, tally in zip(fitted, tallies, strict=True):
             entries[each.name] = _entry(bench, each, tally.verdict())
         journal.add(entries)
-
-
-def _is_fitted(bench: Workbench, each: Alternative) -> bool:
-    return each.replacement.family == "identity" or bench.has_moments(each.key)
 
 
 def _batches(items: Sequence[Alternative]) -> Iterator[Sequence[Alternative]]:

@@ -60,7 +60,7 @@ RIDGE = 1e-3
 # Rows per feature beyond which more positions do not help.
 _ROWS_PER_FEATURE = 16
 _MEMORY = 2 << 30
-_LARGEST_FEATURES = 5000
+LARGEST_FEATURES = 5000
 _SEED = 0
 
 
@@ -114,7 +114,9 @@ class Workbench:
         self.segments = {
             each.key: each for each in find_places(self.graph) if self._named(each.key)
         }
+        # A segment and the channels inside it may have the same ends.
         self._moments: dict[Key, Moments] = {}
+        self._segment_moments: dict[Key, Moments] = {}
         self._largest: dict[Key, tuple[int, ...]] = {}
         self._narrowings: dict[Key, Narrowing] = {}
         self._fits: dict[tuple[Key, Replacement], tuple[NDArray[np.float32], ...]] = {}
@@ -152,7 +154,7 @@ class Workbench:
             self._inner_job(self.inner[key]) for key in (self.inner if inner is None else inner)
         ]
         jobs += [self._segment_job(self.segments[key], k) for key, k in (segments or {}).items()]
-        jobs = [job for job in jobs if job.features <= _LARGEST_FEATURES]
+        jobs = [job for job in jobs if job.features <= LARGEST_FEATURES]
         parts = list(_parts(jobs, memory // 2))
         for number, part in enumerate(parts):
             stage = "gathering moments" + (f" {number + 1}/{len(parts)}" if len(parts) > 1 else "")
@@ -190,7 +192,7 @@ class Workbench:
             for job, own, rng in zip(jobs, moments, draws, strict=True):
                 job.add_to(own, tensors, samples, rng)
         for job, own in zip(jobs, moments, strict=True):
-            self._moments[job.key] = own
+            (self._segment_moments if job.target else self._moments)[job.key] = own
 
     # Fits ---------------------------------------------------------------------------------
 
@@ -212,8 +214,15 @@ class Workbench:
             self.narrowing(key)
 
     def has_moments(self, key: Key) -> bool:
-        """Whether anything can be fitted for a place."""
+        """Whether inner channels can go, with a fit of what reads them."""
         return key in self._moments
+
+    def can_fit(self, key: Key, replacement: Replacement) -> bool:
+        """Whether what is needed for a replacement was gathered."""
+        if replacement.family == "identity":
+            return True
+        known = self._moments if replacement.family == "narrow" else self._segment_moments
+        return key in known
 
     def narrow_error(self, key: Key, width: int) -> float:
         """Share of the result's variance that is lost at a width."""
@@ -261,7 +270,7 @@ class Workbench:
         place = self.segments[key]
         kernel = replacement.kernel or ()
         taps = _sub_taps(place, self._largest[key], kernel)
-        moments = self._moments[key].part(taps)
+        moments = self._segment_moments[key].part(taps)
         shape = (place.channels[1], -1, *kernel)
         if replacement.family == "low_rank":
             second, fit = fit_low_rank(moments, replacement.rank or 1, RIDGE)
