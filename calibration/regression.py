@@ -76,7 +76,9 @@ class Moments:
         return self._gram
 
     def part(self, features: NDArray[np.intp]) -> Moments:
-        """The moments of some of the features, the constant kept."""
+        """The moments of some of the features, ascending, the constant kept."""
+        if len(features) == len(self._gram) - 1:
+            return self
         chosen = np.append(features, len(self._gram) - 1)
         found = Moments(0, 0)
         found._gram = self.gram[np.ix_(chosen, chosen)]
@@ -181,14 +183,19 @@ def fit_groups(moments: Moments, groups: int, ridge: float) -> Fit:
     return Fit(weight.copy(), solutions[:, -1].reshape(-1).copy(), error)
 
 
-def fit_low_rank(moments: Moments, rank: int, ridge: float) -> tuple[Matrix, Fit]:
+def fit_low_rank(moments: Moments, rank: int, linear: Fit) -> tuple[Matrix, Fit]:
     """Reduced-rank regression: the best map through `rank` numbers.
+
+    Args:
+        moments: of features and targets.
+        rank: of the map.
+        linear: the fit of full rank (`fit_linear`).
 
     Returns:
         the map from those numbers to the targets [targets, rank], and the fit of the first map:
         weight [rank, features], a zero bias replaced by one of the targets' size in `Fit.bias`.
     """
-    full = ridge_solve(moments.gram, moments.cross, ridge)
+    full = np.vstack([linear.weight.T, linear.bias])
     mean = moments.cross[-1] / max(1, moments.count)
     # Of what is predicted, around the mean: only that has to go through the narrow place.
     predicted = full.T @ moments.gram @ full - moments.count * np.outer(mean, mean)

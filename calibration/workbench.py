@@ -12,6 +12,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from graphfold.calibration.channels import (
 from graphfold.calibration.narrow import Narrowing, narrow, weights_for
 from graphfold.calibration.places import Segment, find_places, fixed_sizes
 from graphfold.calibration.regression import (
+    Fit,
     Matrix,
     Moments,
     fit_groups,
@@ -120,6 +122,7 @@ class Workbench:
         self._largest: dict[Key, tuple[int, ...]] = {}
         self._narrowings: dict[Key, Narrowing] = {}
         self._fits: dict[tuple[Key, Replacement], tuple[NDArray[np.float32], ...]] = {}
+        self._last: tuple[Key, tuple[int, ...], Moments, Callable[[], Fit]] | None = None
         self.errors: dict[tuple[Key, Replacement], float] = {}
 
     # Moments ------------------------------------------------------------------------------
@@ -191,6 +194,7 @@ class Workbench:
                 progress(stage, number, len(feeds))
             for job, own, rng in zip(jobs, moments, draws, strict=True):
                 job.add_to(own, tensors, samples, rng)
+        self._last = None
         for job, own in zip(jobs, moments, strict=True):
             (self._segment_moments if job.target else self._moments)[job.key] = own
 
@@ -269,19 +273,26 @@ class Workbench:
         """
         place = self.segments[key]
         kernel = replacement.kernel or ()
-        taps = _sub_taps(place, self._largest[key], kernel)
-        moments = self._segment_moments[key].part(taps)
+        moments, linear = self._linear(key, kernel)
         shape = (place.channels[1], -1, *kernel)
         if replacement.family == "low_rank":
-            second, fit = fit_low_rank(moments, replacement.rank or 1, RIDGE)
+            second, fit = fit_low_rank(moments, replacement.rank or 1, linear())
             ones = (1,) * len(kernel)
             first = fit.weight.reshape(len(fit.weight), -1, *kernel)
             return [first, second.reshape(*second.shape, *ones), fit.bias], fit.error
         if replacement.family == "depthwise":
             fit = fit_groups(moments, place.channels[0], RIDGE)
         else:
-            fit = fit_linear(moments, RIDGE)
+            fit = linear()
         return [fit.weight.reshape(shape), fit.bias], fit.error
+
+    def _linear(self, key: Key, kernel: tuple[int, ...]) -> tuple[Moments, Callable[[], Fit]]:
+        """A kernel's moments, and its fit of full rank, which those of low rank begin with."""
+        if self._last is None or self._last[:2] != (key, kernel):
+            taps = _sub_taps(self.segments[key], self._largest[key], kernel)
+            moments = self._segment_moments[key].part(taps)
+            self._last = (key, kernel, moments, cache(lambda: fit_linear(moments, RIDGE)))
+        return self._last[2:]
 
     # Networks -----------------------------------------------------------------------------
 
