@@ -27,7 +27,7 @@ from graphfold.calibration.journal import Journal
 from graphfold.calibration.judge import Verdict
 from graphfold.calibration.snippets import Snippets, amounts
 from graphfold.calibration.split import Split, one_sample, read_split, samples_of
-from graphfold.calibration.workbench import Progress, Workbench, names_of
+from graphfold.calibration.workbench import Key, Progress, Workbench, names_of
 from graphfold.candidates import find_candidates
 from graphfold.cuts import cut_layout
 from graphfold.errors import UsageError
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 # Networks that are cut, judged and written down together: tensors before them are captured once.
 _BATCH = 16
+# Of moments that are kept at a time.
+_MOST_BYTES = 1 << 30
 # Of an infinite PSNR, for JSON has no such number: no error at all.
 _LARGEST_PSNR = 999.0
 # A network whose outputs are no numbers any more: JSON has no infinity either.
@@ -231,23 +233,51 @@ def _measure(
     missing = [each for each in found if each.name not in journal.entries]
     if not missing:
         return
-    narrow = dict.fromkeys(each.key for each in missing if each.replacement.family == "narrow")
     # Of all alternatives, measured before or not: moments must be the same as in one run.
     kernels = largest_kernels(found)
-    wanted = {each.key for each in missing}
-    segments = {key: kernel for key, kernel in kernels.items() if key in wanted}
-    bench.collect(split.fitted, inner=narrow, segments=segments, threads=threads, progress=progress)
     context = Context(bench, split.held, split.labels, threads=threads)
     done = len(found) - len(missing)
-    for batch in _batches(missing):
-        progress("measuring damage", done, len(found))
-        done += len(batch)
-        fitted = [each for each in batch if bench.can_fit(each.key, each.replacement)]
-        tallies = context.tallies({}, [(each.key, each.replacement) for each in fitted], None)
-        entries: dict[str, Any] = dict.fromkeys(each.name for each in batch)
-        for each, tally in zip(fitted, tallies, strict=True):
-            entries[each.name] = _entry(bench, each, tally.verdict())
-        journal.add(entries)
+    for group in _groups(bench, missing, kernels):
+        narrow = dict.fromkeys(e.key for e in group if e.replacement.family == "narrow")
+        segments = {e.key: kernels[e.key] for e in group if e.replacement.kernel is not None}
+        bench.collect(
+            split.fitted, inner=narrow, segments=segments, threads=threads, progress=progress
+        )
+        for batch in _batches(group):
+            progress("measuring damage", done, len(found))
+            done += len(batch)
+            journal.add(_entries(bench, context, batch))
+        bench.forget()
+
+
+def _groups(
+    bench: Workbench, items: Sequence[Alternative], kernels: Mapping[Key, tuple[int, ...]]
+) -> Iterator[list[Alternative]]:
+    """Alternatives in order, as many at a time as have moments that memory holds."""
+    group: list[Alternative] = []
+    size = 0
+    known: set[tuple[Key, bool]] = set()
+    for each in items:
+        place = each.key, each.replacement.family == "narrow"
+        if place not in known and each.replacement.family != "identity":
+            needed = bench.bytes_of(each.key, None if place[1] else kernels[each.key])
+            if group and size + needed > _MOST_BYTES:
+                yield group
+                group, size, known = [], 0, set()
+            known.add(place)
+            size += needed
+        group.append(each)
+    yield group
+
+
+def _entries(bench: Workbench, context: Context, batch: Sequence[Alternative]) -> Mapping[str, Any]:
+    """Rows' figures by name; None for what is too large to be fitted."""
+    fitted = [each for each in batch if bench.can_fit(each.key, each.replacement)]
+    tallies = context.tallies({}, [(each.key, each.replacement) for each in fitted], None)
+    entries: dict[str, Any] = dict.fromkeys(each.name for each in batch)
+    for each, tally in zip(fitted, tallies, strict=True):
+        entries[each.name] = _entry(bench, each, tally.verdict())
+    return entries
 
 
 def _batches(items: Sequence[Alternative]) -> Iterator[Sequence[Alternative]]:

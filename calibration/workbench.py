@@ -156,12 +156,25 @@ class Workbench:
         jobs = [
             self._inner_job(self.inner[key]) for key in (self.inner if inner is None else inner)
         ]
+        self._largest.update(segments or {})
         jobs += [self._segment_job(self.segments[key], k) for key, k in (segments or {}).items()]
         jobs = [job for job in jobs if job.features <= LARGEST_FEATURES]
         parts = list(_parts(jobs, memory // 2))
         for number, part in enumerate(parts):
             stage = "gathering moments" + (f" {number + 1}/{len(parts)}" if len(parts) > 1 else "")
             self._collect(part, feeds, threads, stage, progress)
+
+    def bytes_of(self, key: Key, kernel: tuple[int, ...] | None) -> int:
+        """Of a place's moments: a segment's with a kernel, inner channels' without."""
+        if kernel is None:
+            return self._inner_job(self.inner[key]).bytes
+        return self._segment_job(self.segments[key], kernel).bytes
+
+    def forget(self) -> None:
+        """Let go of all moments, and of what was fitted from them; errors stay known."""
+        self._last = None
+        for each in (self._moments, self._segment_moments, self._narrowings, self._fits):
+            each.clear()
 
     def _inner_job(self, place: Inner) -> _Job:
         shape = self.graph.shape(place.read) or ()
@@ -171,7 +184,6 @@ class Workbench:
 
     def _segment_job(self, place: Segment, kernel: tuple[int, ...]) -> _Job:
         window = place.window(kernel)
-        self._largest[place.key] = kernel
         features = place.channels[0] * max(1, window.taps)
         target = place.output.name or ""
         return _Job(place.key, place.input.name or "", window, features, target, place.channels[1])

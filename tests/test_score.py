@@ -189,6 +189,17 @@ def test_a_killed_run_continues_and_comes_to_the_same_table(model, inputs, tmp_p
     assert without_dates(parts) == without_dates(whole)
 
 
+def test_little_memory_makes_no_other_table(model, inputs, monkeypatch):
+    whole = scored(model, inputs).table.rows
+    passes = []
+    monkeypatch.setattr(score, "_MOST_BYTES", 1)
+    monkeypatch.setattr(
+        Workbench, "forget", lambda self, own=Workbench.forget: (passes.append(1), own(self))
+    )
+    assert scored(model, inputs).table.rows == whole
+    assert len(passes) > 3
+
+
 def test_a_run_on_other_data_is_not_continued(model, inputs, tmp_path):
     output = tmp_path / "table.json"
 
