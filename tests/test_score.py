@@ -62,7 +62,7 @@ def check_same(rows, others) -> None:
     for one, two in zip(rows, others, strict=True):
         assert one.value == pytest.approx(two.value, rel=1e-3)
         assert (one.unexplained is None) == (two.unexplained is None)
-        assert one.unexplained in (None, pytest.approx(two.unexplained, rel=1e-3))
+        assert one.unexplained is None or one.unexplained == pytest.approx(two.unexplained, 1e-3)
 
 
 def by_family(rows, family: str) -> list[ImportanceRow]:
