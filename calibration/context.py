@@ -229,6 +229,10 @@ class Search:
         state, present = self.present.state, self.present
         wanted = present.latency - max(latency, present.latency * (1 - _STEP))
         moves = self._moves(state)
+        if self._most(moves) < wanted and self._dear:
+            # What was passed over is needed after all.
+            self._dear.clear()
+            moves = self._moves(state)
         if not moves:
             return False
         damages = self.context.damages(
@@ -253,6 +257,10 @@ class Search:
         self.points.append(Point(found, after, self.times.whole / after, verdict, predicted))
         self._round += 1
         return bool(chosen)
+
+    def _most(self, moves: Sequence[_Move]) -> float:
+        """What all moves together win."""
+        return sum(max(move.gain for move in group) for group in self._alternatives(moves))
 
     def _moves(self, state: State) -> list[_Move]:
         dropped = [key for key, each in state.items() if each.family == "identity"]

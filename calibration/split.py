@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 HELD_EVERY = 5
 # More samples make a verdict no finer than searches need.
 MOST_JUDGED = 200
-_BATCH = 10
 # All inputs are in memory: they are run more than once.
 _MOST_BYTES = 2 << 30
 
@@ -69,7 +68,7 @@ def read_split(data: Dataset) -> Split:
     """
     batches: list[Batch] = []
     size = 0
-    for batch in data.batches(_BATCH):
+    for batch in data.batches():
         size += sum(array.nbytes for array in batch.feed.values())
         if size > _MOST_BYTES:
             raise DataError(
@@ -80,10 +79,11 @@ def read_split(data: Dataset) -> Split:
         batches.append(batch)
     held = batches[HELD_EVERY - 1 :: HELD_EVERY]
     if not held:
+        samples = sum(batch.samples for batch in batches)
         raise DataError(
-            f"{len(batches)} batches of inputs are too few to fit on some and judge on others",
+            f"{samples} inputs are too few to fit on some and judge on others",
             where=data.name,
-            hint="a few hundred samples are better",
+            hint="a few hundred are better",
         )
     feeds = [dict(batch.feed) for batch in batches]
     fitted = [feed for number, feed in enumerate(feeds) if number % HELD_EVERY != HELD_EVERY - 1]
@@ -98,7 +98,7 @@ def samples_of(feed: Mapping[str, NDArray[Any]]) -> int:
     return next((len(array) for array in feed.values() if array.ndim), 1)
 
 
-def at_most(items: Sequence[_Any], sizes: Sequence[int], samples: int) -> list[_Any]:
+def at_most(items: Sequence[_Any], sizes: Iterable[int], samples: int) -> list[_Any]:
     """As many items, from the first on, as it takes to have so many samples."""
     before = itertools.accumulate(sizes, initial=0)
     return [item for item, count in zip(items, before, strict=False) if count < samples]

@@ -9,7 +9,6 @@ Then any combination of replacements is built in a moment.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -63,7 +62,6 @@ RIDGE = 1e-3
 _ROWS_PER_FEATURE = 16
 _MEMORY = 2 << 30
 LARGEST_FEATURES = 5000
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -170,12 +168,6 @@ class Workbench:
             return self._inner_job(self.inner[key]).bytes
         return self._segment_job(self.segments[key], kernel).bytes
 
-    def forget(self) -> None:
-        """Let go of all moments, and of what was fitted from them; errors stay known."""
-        self._last = None
-        for each in (self._moments, self._segment_moments, self._narrowings, self._fits):
-            each.clear()
-
     def _inner_job(self, place: Inner) -> _Job:
         shape = self.graph.shape(place.read) or ()
         weight = weight_matrix(self.graph, place.consumer)
@@ -196,16 +188,16 @@ class Workbench:
         stage: str,
         progress: Progress | None,
     ) -> None:
-        # Positions are drawn for each place by itself: what else is fitted changes nothing.
-        draws = [np.random.default_rng([_SEED, zlib.crc32(repr(job.key).encode())]) for job in jobs]
         moments = [Moments(job.features, job.targets) for job in jobs]
         names = list(dict.fromkeys(name for job in jobs for name in (job.read, job.target) if name))
         samples = sum(len(next(iter(feed.values()))) for feed in feeds)
+        first = 0
         for number, tensors in enumerate(captured(self.model, names, feeds, threads=threads)):
             if progress is not None:
                 progress(stage, number, len(feeds))
-            for job, own, rng in zip(jobs, moments, draws, strict=True):
-                job.add_to(own, tensors, samples, rng)
+            for job, own in zip(jobs, moments, strict=True):
+                job.add_to(own, tensors, samples, first)
+            first += len(next(iter(feeds[number].values())))
         self._last = None
         for job, own in zip(jobs, moments, strict=True):
             (self._segment_moments if job.target else self._moments)[job.key] = own
@@ -228,6 +220,15 @@ class Workbench:
             if progress is not None:
                 progress("ordering channels", number, len(keys))
             self.narrowing(key)
+
+    def forget(self) -> None:
+        """Drop everything that was fitted."""
+        self._last = None
+        self._moments.clear()
+        self._segment_moments.clear()
+        self._narrowings.clear()
+        self._fits.clear()
+        self.errors.clear()
 
     def has_moments(self, key: Key) -> bool:
         """Whether inner channels can go, with a fit of what reads them."""
@@ -444,8 +445,9 @@ class _Job:
         moments: Moments,
         tensors: Mapping[str, NDArray[Any]],
         samples: int,
-        rng: np.random.Generator,
+        first: int,
     ) -> None:
+        """Add the rows of a batch, whose first image is the `first` of all `samples`."""
         x = tensors[self.read]
         y = tensors.get(self.target) if self.target else None
         window = self.window
@@ -462,7 +464,7 @@ class _Job:
             )
         ]
         enough = -(-_ROWS_PER_FEATURE * self.features // samples)
-        places = choose_places(len(x), sizes, max(8, min(PER_IMAGE, enough)), rng)
+        places = choose_places(len(x), sizes, max(8, min(PER_IMAGE, enough)), first)
         targets = None
         if y is not None:
             index = (places[:, 0], slice(None), *places[:, 1:].T)
