@@ -16,15 +16,16 @@ from graphfold.calibration import fitted_rows, score
 from graphfold.calibration.dataset import read_dataset
 from graphfold.calibration.families import FAMILIES, check_families
 from graphfold.calibration.judge import Judge
-from graphfold.calibration.nodetimes import NodeTimes
+from graphfold.calibration.nodetimes import NodeTimes, measure_nodes
 from graphfold.calibration.planning import make_plan
+from graphfold.calibration.quantize import roughly_quantized
 from graphfold.calibration.score import Score, score_model
 from graphfold.calibration.split import read_split
 from graphfold.calibration.workbench import Replacement, Workbench
 from graphfold.cli import main
 from graphfold.errors import DataError, UsageError
 from graphfold.measures import ImportanceRow, read_importance, read_latency, write_table
-from graphfold.model import load
+from graphfold.model import adopt, load, to_proto
 from graphfold.specs import model_inputs
 
 SAMPLES = 100
@@ -317,6 +318,22 @@ def test_widths_and_ranks_are_part_of_a_rows_key():
     low = ImportanceRow(input="a", output="b", family="low_rank", rank=4, value=0.0)
     assert low.common(low.model_copy(update={"rank": 8})) is None
     assert low.key != low.model_copy(update={"rank": 8}).key
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_kernels_of_narrowed_convolutions_are_known_by_name(dtype):
+    """In INT8 too, where the runtime renames them: else no width would win anything."""
+    bench = fitted_rows.sketch(load(network()))
+    feed = {"x": np.random.default_rng(0).normal(size=(1, 3, 16, 16)).astype(np.float32)}
+
+    def quantized(proto):
+        return to_proto(roughly_quantized(adopt(proto, check=False), feed))
+
+    times = measure_nodes(bench, feed, convert=quantized if dtype == "int8" else None)
+    convs = {node for place in bench.inner.values() for node in place.nodes}
+    known = {node for node in convs if node.op_type == "Conv"}
+    assert len(known) >= 3
+    assert known <= set(times.samples)
 
 
 # The command ----------------------------------------------------------------------------------
