@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -36,6 +37,8 @@ _CHANNELS = 0.08
 # A change that cost so many times what was paid per millisecond is passed over for some rounds.
 _DEAR = 3.0
 _PASSED_OVER = 3
+# Samples that changes are compared on.
+_SAMPLES = 96
 _MEMORY = 1 << 30
 _MOST_POINTS = 2000
 
@@ -110,25 +113,62 @@ class Context:
         return self._borders[key]
 
     def damages(
-        self, state: State, moves: Sequence[tuple[Key, Replacement]], progress: Progress | None
+        self,
+        state: State,
+        moves: Sequence[tuple[Key, Replacement]],
+        progress: Progress | None = None,
+        *,
+        feeds: int | None = None,
     ) -> list[float]:
-        """Mean damage of networks that differ from `state` in one place each."""
-        return [tally.damage for tally in self.tallies(state, moves, progress)]
+        """Mean damage of networks that differ from `state` in one place each.
+
+        Args:
+            state: the present network.
+            moves: one change for each network.
+            progress: called with (stage, done, total).
+            feeds: judge on so many of them; on all by default.
+        """
+        found, _ = self._tallies(state, moves, progress, feeds)
+        return [tally.damage for tally in found]
+
+    def added_damages(
+        self,
+        state: State,
+        moves: Sequence[tuple[Key, Replacement]],
+        progress: Progress | None,
+        samples: int,
+    ) -> list[float]:
+        """What each move adds to the damage of `state`, on as many feeds as hold so many samples.
+
+        Differences on the same inputs need fewer of them than a damage itself.
+        """
+        counts = np.cumsum([len(next(iter(feed.values()))) for feed in self.feeds])
+        feeds = min(len(self.feeds), int(np.searchsorted(counts, samples)) + 1)
+        found, present = self._tallies(state, moves, progress, feeds)
+        return [tally.damage - present.damage for tally in found]
 
     def tallies(
         self, state: State, moves: Sequence[tuple[Key, Replacement]], progress: Progress | None
     ) -> list[Tally]:
-        """Answers of networks that differ from `state` in one place each.
+        """Answers of networks that differ from `state` in one place each, to all feeds."""
+        return self._tallies(state, moves, progress, None)[0]
 
-        Only what lies behind each place is run again.
-        """
+    def _tallies(
+        self,
+        state: State,
+        moves: Sequence[tuple[Key, Replacement]],
+        progress: Progress | None,
+        feeds: int | None,
+    ) -> tuple[list[Tally], Tally]:
+        """Answers of changed networks and of the present one; only what lies behind is run."""
         tallies = [Tally(self.judge) for _ in moves]
+        present = Tally(self.judge)
         names = sorted({name for key, _ in moves for name in self.border(key)})
         whole = self.bench.build(state)
-        run = run_part(_with_outputs(whole, names), self.threads)
+        run = run_part(_with_outputs(whole, [*names, *self.judge.outputs]), self.threads)
         parts: dict[tuple[Key, Replacement], onnx.ModelProto] = {}
         done = 0
-        for captured in self._chunks(run, names):
+        for captured in self._chunks(run, [*names, *self.judge.outputs], feeds):
             for index, (key, replacement) in enumerate(moves):
                 if progress is not None:
                     progress("measuring damage", done, 0)
@@ -140,13 +180,17 @@ class Context:
                 behind = run_part(part, self.threads)
                 for tensors in captured:
                     tallies[index].add(behind(tensors))
-        return tallies
+            for tensors in captured:
+                present.add(tensors)
+        return tallies, present
 
-    def _chunks(self, run: Any, names: Sequence[str]) -> Iterable[list[dict[str, NDArray[Any]]]]:
+    def _chunks(
+        self, run: Any, names: Sequence[str], feeds: int | None
+    ) -> Iterable[list[dict[str, NDArray[Any]]]]:
         """Captured tensors of as many feeds as memory holds, in order."""
         chunk: list[dict[str, NDArray[Any]]] = []
         size = 0
-        for feed in self.feeds:
+        for feed in self.feeds[:feeds]:
             tensors = run(feed)
             kept = {name: tensors[name] if name in tensors else feed[name] for name in names}
             bytes_of = sum(each.nbytes for each in kept.values())
@@ -235,13 +279,12 @@ class Search:
             moves = self._moves(state)
         if not moves:
             return False
-        damages = self.context.damages(
-            state, [(move.key, move.replacement) for move in moves], progress
+        added = self.context.added_damages(
+            state, [(move.key, move.replacement) for move in moves], progress, _SAMPLES
         )
-        base = present.verdict.damage
         moves = [
-            _Move(move.key, move.replacement, move.gain, damage - base)
-            for move, damage in zip(moves, damages, strict=True)
+            _Move(move.key, move.replacement, move.gain, damage)
+            for move, damage in zip(moves, added, strict=True)
         ]
         chosen = cheapest(self._alternatives(moves), wanted)
         self._remember(moves, chosen)
@@ -253,7 +296,7 @@ class Search:
                     found.pop(key, None)
         verdict = self.context.verdict(found)
         after = self.times.predict(found)
-        predicted = base + sum(move.damage for move in chosen)
+        predicted = present.verdict.damage + sum(move.damage for move in chosen)
         self.points.append(Point(found, after, self.times.whole / after, verdict, predicted))
         self._round += 1
         return bool(chosen)
