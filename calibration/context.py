@@ -166,17 +166,14 @@ class Context:
         names = sorted({name for key, _ in moves for name in self.border(key)})
         whole = self.bench.build(state)
         run = run_part(_with_outputs(whole, [*names, *self.judge.outputs]), self.threads)
-        parts: dict[tuple[Key, Replacement], onnx.ModelProto] = {}
         done = 0
         for captured in self._chunks(run, [*names, *self.judge.outputs], feeds):
             for index, (key, replacement) in enumerate(moves):
                 if progress is not None:
                     progress("measuring damage", done, 0)
                 done += 1
-                part = parts.get((key, replacement))
-                if part is None:
-                    changed = self.bench.build({**state, key: replacement})
-                    part = extract(changed, self.border(key), self.judge.outputs, self._types)
+                changed = self.bench.build({**state, key: replacement})
+                part = extract(changed, self.border(key), self.judge.outputs, self._types)
                 behind = run_part(part, self.threads)
                 for tensors in captured:
                     tallies[index].add(behind(tensors))
