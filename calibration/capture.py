@@ -149,12 +149,14 @@ class Window:
 
 
 def window_of(graph: Graph, node: ir.Node, sizes: Sequence[int]) -> Window:
-    """The window of a Conv whose input has these spatial sizes; of a dense layer, none."""
-    if not is_op(node, "Conv"):
+    """The window of a Conv or AveragePool whose input has these sizes; of a dense layer, none."""
+    if not is_op(node, "Conv", "AveragePool"):
         return Window()
-    weight = graph.constant(node.inputs[1])
-    assert weight is not None
-    kernel = weight.shape[2:]
+    kernel = tuple(attribute(node, "kernel_shape", ()))
+    if is_op(node, "Conv"):
+        weight = graph.constant(node.inputs[1])
+        assert weight is not None
+        kernel = weight.shape[2:]
     rank = len(kernel)
     strides = tuple(attribute(node, "strides", [1] * rank))
     dilations = tuple(attribute(node, "dilations", [1] * rank))

@@ -25,7 +25,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from graphfold.calibration.capture import Feeds, extract, run_part, tensor_types
-from graphfold.calibration.judge import Judge, Verdict
+from graphfold.calibration.judge import Judge, Tally, Verdict
 from graphfold.calibration.nodetimes import NodeTimes, step_of
 from graphfold.calibration.workbench import Key, Progress, Replacement, State, Workbench
 from graphfold.graph import consumers
@@ -128,7 +128,8 @@ class Context:
             progress: called with (stage, done, total).
             feeds: judge on so many of them; on all by default.
         """
-        return self._damages(state, moves, progress, len(self.feeds) if feeds is None else feeds)[0]
+        found, _ = self._tallies(state, moves, progress, feeds)
+        return [tally.damage for tally in found]
 
     def added_damages(
         self,
@@ -143,60 +144,60 @@ class Context:
         """
         counts = np.cumsum([len(next(iter(feed.values()))) for feed in self.feeds])
         feeds = min(len(self.feeds), int(np.searchsorted(counts, samples)) + 1)
-        found, present = self._damages(state, moves, progress, feeds)
-        return [each - present for each in found]
+        found, present = self._tallies(state, moves, progress, feeds)
+        return [tally.damage - present.damage for tally in found]
 
-    def _damages(
+    def tallies(
+        self, state: State, moves: Sequence[tuple[Key, Replacement]], progress: Progress | None
+    ) -> list[Tally]:
+        """Answers of networks that differ from `state` in one place each, to all feeds."""
+        return self._tallies(state, moves, progress, None)[0]
+
+    def _tallies(
         self,
         state: State,
         moves: Sequence[tuple[Key, Replacement]],
         progress: Progress | None,
-        feeds: int,
-    ) -> tuple[list[float], float]:
-        sums = np.zeros(len(moves))
-        present = 0.0
-        samples = 0
+        feeds: int | None,
+    ) -> tuple[list[Tally], Tally]:
+        """Answers of changed networks and of the present one; only what lies behind is run."""
+        tallies = [Tally(self.judge) for _ in moves]
+        present = Tally(self.judge)
         names = sorted({name for key, _ in moves for name in self.border(key)})
         whole = self.bench.build(state)
         run = run_part(_with_outputs(whole, [*names, *self.judge.outputs]), self.threads)
-        parts: dict[tuple[Key, Replacement], onnx.ModelProto] = {}
         done = 0
-        for number, captured in self._chunks(run, [*names, *self.judge.outputs], feeds):
+        for captured in self._chunks(run, [*names, *self.judge.outputs], feeds):
             for index, (key, replacement) in enumerate(moves):
                 if progress is not None:
                     progress("measuring damage", done, 0)
                 done += 1
-                part = parts.get((key, replacement))
-                if part is None:
-                    changed = self.bench.build({**state, key: replacement})
-                    part = extract(changed, self.border(key), self.judge.outputs, self._types)
+                changed = self.bench.build({**state, key: replacement})
+                part = extract(changed, self.border(key), self.judge.outputs, self._types)
                 behind = run_part(part, self.threads)
-                for offset, tensors in enumerate(captured):
-                    found = self.judge.damages(number + offset, behind(tensors))
-                    sums[index] += float(found.sum())
-            for offset, tensors in enumerate(captured):
-                own = self.judge.damages(number + offset, tensors)
-                present += float(own.sum())
-                samples += len(own)
-        return list(sums / max(1, samples)), present / max(1, samples)
+                for tensors in captured:
+                    tallies[index].add(behind(tensors))
+            for tensors in captured:
+                present.add(tensors)
+        return tallies, present
 
     def _chunks(
-        self, run: Any, names: Sequence[str], feeds: int
-    ) -> Iterable[tuple[int, list[dict[str, NDArray[Any]]]]]:
-        """Captured tensors of as many feeds as memory holds, with the number of the first."""
+        self, run: Any, names: Sequence[str], feeds: int | None
+    ) -> Iterable[list[dict[str, NDArray[Any]]]]:
+        """Captured tensors of as many feeds as memory holds, in order."""
         chunk: list[dict[str, NDArray[Any]]] = []
-        size, first = 0, 0
-        for number, feed in enumerate(self.feeds[:feeds]):
+        size = 0
+        for feed in self.feeds[:feeds]:
             tensors = run(feed)
             kept = {name: tensors[name] if name in tensors else feed[name] for name in names}
             bytes_of = sum(each.nbytes for each in kept.values())
             if chunk and size + bytes_of > self._memory:
-                yield first, chunk
-                chunk, size, first = [], 0, number
+                yield chunk
+                chunk, size = [], 0
             chunk.append(kept)
             size += bytes_of
         if chunk:
-            yield first, chunk
+            yield chunk
 
 
 def _with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:

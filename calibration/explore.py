@@ -8,13 +8,11 @@ only when something faster is asked for.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from graphfold.calibration.capture import run_part
 from graphfold.calibration.choosing import QuantizationChoice, choose_quantization
@@ -24,8 +22,8 @@ from graphfold.calibration.latency import compare
 from graphfold.calibration.nodetimes import NodeTimes, measure_nodes
 from graphfold.calibration.planned import scheme_of
 from graphfold.calibration.quantize import Quantizer, roughly_quantized
-from graphfold.calibration.workbench import Key, Replacement, State, Workbench
-from graphfold.errors import DataError
+from graphfold.calibration.split import at_most, one_sample, read_split, samples_of
+from graphfold.calibration.workbench import Key, Replacement, State, Workbench, names_of
 from graphfold.model import adopt, digest, to_proto
 from graphfold.plan import ModelReference, Plan, Quantize, read_plan
 
@@ -35,14 +33,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
-# Of the calibration inputs, every fifth batch is held back: nothing is fitted on it, it judges.
-HELD_EVERY = 5
-# More samples make a verdict no better than the walk's own steps are wide.
-_MOST_JUDGED = 200
 _MEASURE_SECONDS = 4.0
 _QUANTIZED_ON = 128
-# Inputs are held in memory: they are run through several times.
-_MOST_BYTES = 2 << 30
 # Of what was asked for: the least by which the next try goes further.
 _FURTHER = 1.005
 # Networks of a frontier that are measured, the furthest among them.
@@ -115,28 +107,21 @@ class Exploration:
         self.seconds: dict[str, float] = {}
         self._clock = time.monotonic()
         self.progress("reading data", 0, 0)
-        self.feeds, labels = _read(data)
-        self.held, held_labels = _held_back(self.feeds, labels, data.name)
+        split = read_split(data)
+        self.feeds, self.fitted_on, self.held = split.feeds, split.fitted, split.held
         self.progress("folding", 0, 0)
         self.folded = optimize_model(model, None, verify=False).folded
-        self.bench = Workbench(self.folded, _names_known_to(model))
-        self.context = Context(self.bench, self.held, held_labels)
-        self.timed = _one_sample(self.feeds[0], model)
+        self.bench = Workbench(self.folded, names_of(model))
+        self.context = Context(self.bench, self.held, split.labels)
+        self.timed = one_sample(self.feeds[0], model)
         self.settings = {
             "threads": threads,
             "provider": provider,
-            "samples": sum(_samples(feed) for feed in self.feeds),
-            "judged_on": sum(_samples(feed) for feed in self.held),
+            "samples": sum(map(samples_of, self.feeds)),
+            "judged_on": sum(map(samples_of, self.held)),
             "data": data.name,
         }
         self.stage("reading and folding")
-
-    @property
-    def fitted_on(self) -> list[dict[str, NDArray[Any]]]:
-        """The inputs that are not held back."""
-        return [
-            feed for number, feed in enumerate(self.feeds) if number % HELD_EVERY != HELD_EVERY - 1
-        ]
 
     def stage(self, name: str) -> None:
         """The time since the last stage ended belongs to this one."""
@@ -205,7 +190,7 @@ class Exploration:
             time_budget: seconds for that.
         """
         folded = adopt(self.bench.build(state), check=False)
-        feeds = _at_most(self.fitted_on, _QUANTIZED_ON)
+        feeds = at_most(self.fitted_on, map(samples_of, self.fitted_on), _QUANTIZED_ON)
         if settings is None:
             self.progress("choosing how to quantize", 0, 0)
             choice: QuantizationChoice = choose_quantization(
@@ -383,76 +368,5 @@ def _segment(key: Key, replacement: Replacement) -> dict[str, Any]:
     return found
 
 
-def _held_back(
-    feeds: Sequence[dict[str, NDArray[Any]]],
-    labels: Sequence[NDArray[np.int64] | None],
-    name: str,
-) -> tuple[list[dict[str, NDArray[Any]]], NDArray[np.int64] | None]:
-    """Every fifth batch and its labels, where all are known."""
-    numbers = list(range(HELD_EVERY - 1, len(feeds), HELD_EVERY))
-    if not numbers:
-        raise DataError(
-            f"{sum(map(_samples, feeds))} inputs are too few to fit on some and judge on others",
-            where=name,
-            hint="a few hundred are better",
-        )
-    held = _at_most([feeds[number] for number in numbers], _MOST_JUDGED)
-    known = [each for number in numbers[: len(held)] if (each := labels[number]) is not None]
-    return held, np.concatenate(known) if len(known) == len(held) else None
-
-
 def _no_progress(stage: str, done: int, total: int) -> None:
     del stage, done, total
-
-
-def _read(data: Dataset) -> tuple[list[dict[str, NDArray[Any]]], list[NDArray[np.int64] | None]]:
-    feeds: list[dict[str, NDArray[Any]]] = []
-    labels: list[NDArray[np.int64] | None] = []
-    size = 0
-    for batch in data.batches():
-        size += sum(array.nbytes for array in batch.feed.values())
-        if size > _MOST_BYTES:
-            raise DataError(
-                f"more than {_MOST_BYTES >> 30} GiB of inputs",
-                where=data.name,
-                hint=f"--samples {sum(map(_samples, feeds))} takes the first of them",
-            )
-        feeds.append(dict(batch.feed))
-        labels.append(batch.labels)
-    return feeds, labels
-
-
-def _samples(feed: Mapping[str, NDArray[Any]]) -> int:
-    return next((len(array) for array in feed.values() if array.ndim), 1)
-
-
-def _at_most(feeds: Sequence[Any], samples: int) -> list[Any]:
-    """As many feeds, from the first on, as hold so many samples."""
-    found: list[Any] = []
-    total = 0
-    for feed in feeds:
-        if total >= samples:
-            break
-        found.append(feed)
-        total += _samples(feed)
-    return found
-
-
-def _one_sample(feed: Mapping[str, NDArray[Any]], model: Model) -> dict[str, NDArray[Any]]:
-    """What latency is measured on: one sample, unless the model states its batch."""
-    from graphfold.specs import model_inputs
-
-    fixed = {
-        spec.name
-        for spec in model_inputs(model)
-        if not spec.shape or isinstance(spec.shape[0], int)
-    }
-    return {name: array if name in fixed else array[:1] for name, array in feed.items()}
-
-
-def _names_known_to(model: Model) -> Callable[[Key], bool]:
-    """Whether the model itself has both tensors: plans name its own."""
-    from graphfold.graph import Graph
-
-    known = Graph(model).values()
-    return lambda key: key[0] in known and key[1] in known

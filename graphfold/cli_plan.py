@@ -76,6 +76,14 @@ def _profile(
             show_default=False,
         ),
     ] = None,
+    fitted: Annotated[
+        bool,
+        typer.Option(
+            "--fitted",
+            help="Also measure what only weights fitted on data allow (graphfold score --data): "
+            "fewer inner channels, depthwise convolutions, maps of low rank.",
+        ),
+    ] = False,
     input_shape: ShapeOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -100,6 +108,7 @@ def _profile(
             batch=batch,
             dtype=dtype,
             time_budget=time_budget,
+            fitted=fitted,
             input_shapes=arguments.shapes(input_shape),
             progress=terminal.progress,
         )

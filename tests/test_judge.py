@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from graphfold.calibration.judge import Judge
+from graphfold.calibration.judge import Judge, Tally
 from graphfold.errors import DataError
 
 
@@ -85,3 +85,20 @@ def test_nothing_to_judge():
         Judge([])
     with pytest.raises(DataError, match="floating point"):
         Judge([{"y": np.array([1, 2])}])
+
+
+def test_a_tally_says_feed_by_feed_what_all_results_say_together():
+    originals = [{"y": logits(seed, 6)} for seed in range(3)]
+    results = [{"y": logits(seed, 6)} for seed in range(5, 8)]
+    labels = np.arange(18) % 4
+    judge = Judge(originals, labels)
+    tally = Tally(judge)
+    for each in results:
+        tally.add(each)
+    whole = Judge([{"y": np.concatenate([each["y"] for each in originals])}], labels)
+    joined = whole.verdict([{"y": np.concatenate([each["y"] for each in results])}])
+    assert tally.verdict().damage == pytest.approx(joined.damage)
+    assert tally.damage == tally.verdict().damage > 0
+    assert tally.verdict().agreement == joined.agreement
+    assert tally.verdict().accuracy == joined.accuracy
+    assert tally.verdict().max_error == pytest.approx(joined.max_error)
