@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -99,12 +100,17 @@ def tensor_types(graph: Graph) -> dict[str, tuple[int, tuple[None, ...] | None]]
     return found
 
 
+def cores() -> int:
+    """Processors that this process may use: onnxruntime's own default counts others."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_part(
     proto: onnx.ModelProto, threads: int, *, optimize: bool = True
 ) -> Callable[[Mapping[str, NDArray[Any]]], Arrays]:
     """A call that runs a model, as onnxruntime optimizes it."""
     with Runnable(proto.SerializeToString()) as runnable:
-        session = Session(runnable, optimize=optimize, threads=threads)
+        session = Session(runnable, optimize=optimize, threads=threads or cores())
     names = [item.name for item in session.inputs]
 
     def run(feeds: Mapping[str, NDArray[Any]]) -> Arrays:
@@ -122,7 +128,7 @@ def captured(
         RunError: onnxruntime cannot run the model.
     """
     with Runnable(to_proto(model).SerializeToString()) as runnable:
-        session = Session(runnable, optimize=True, extra_outputs=names, threads=threads)
+        session = Session(runnable, optimize=True, extra_outputs=names, threads=threads or cores())
     for feed in feeds:
         yield session.run(feed) | {name: feed[name] for name in names if name in feed}
 
