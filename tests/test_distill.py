@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 
 from graphfold.calibration import distill as module  # noqa: E402 - needs torch
 from graphfold.calibration.distill import distill  # noqa: E402
+from graphfold.calibration.training_images import Images, augment  # noqa: E402
 from graphfold.errors import DataError, UsageError  # noqa: E402
 from graphfold.model import compare_interfaces, load, to_proto  # noqa: E402
 
@@ -139,7 +140,7 @@ def test_the_same_seed_gives_the_same_model():
 
 def test_held_back_images_are_never_trained_on():
     data = images()
-    found = module._Images(data, ["x"], None)
+    found = Images(data, ["x"], None)
     assert not set(found.training) & set(found.held_back)
     steps = itertools.islice(found.shuffled(torch.Generator().manual_seed(0)), 9)
     drawn = [row for rows in steps for row in rows]
@@ -173,7 +174,7 @@ def test_time_decides_how_many_steps_are_made(monkeypatch):
 
 def test_images_are_mirrored_and_zoomed_into():
     planes = torch.linspace(-1, 1, 16).expand(64, 3, 16, 16).contiguous()
-    changed = module._augment(planes, torch.Generator().manual_seed(0))
+    changed = augment(planes, torch.Generator().manual_seed(0))
     assert changed.shape == planes.shape
     slopes = (changed[:, 0, 8, 10] - changed[:, 0, 8, 5]) / (
         planes[0, 0, 8, 10] - planes[0, 0, 8, 5]
@@ -183,10 +184,10 @@ def test_images_are_mirrored_and_zoomed_into():
     assert slopes.abs().min() > 0.74
     assert slopes.abs().max() < 1.01
     assert changed.abs().max() <= 1
-    last = module._augment(planes.movedim(1, -1), torch.Generator().manual_seed(0))
+    last = augment(planes.movedim(1, -1), torch.Generator().manual_seed(0))
     torch.testing.assert_close(last.movedim(-1, 1), changed)
     vectors = torch.zeros(4, 7)
-    assert module._augment(vectors, torch.Generator()) is vectors
+    assert augment(vectors, torch.Generator()) is vectors
 
 
 def test_steps_are_scaled_by_output_channel():
