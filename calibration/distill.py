@@ -8,8 +8,8 @@ weights of each output channel, so that one step size fits layers and networks o
 they decay as a cosine to zero.
 
 A step is made cheap: tensors lie with their channels last, what the processor multiplies faster in
-bfloat16 is multiplied so (weights, losses and steps stay in float32), and gradients of depthwise
-weights are taken of a quarter of the batch.
+bfloat16 is multiplied so where classes are learned (weights, losses and steps stay in float32), and
+gradients of depthwise weights are taken of a quarter of the batch.
 
 Few images are easily learned by heart. Some are held back, never trained on, and decide: the best
 state by their divergence is returned, and only if it is better there by more than two standard
@@ -151,13 +151,18 @@ def distill(
     optimizer = _ScaledAdam(learner, step_size)
     generator = torch.Generator().manual_seed(seed)
     done = 0
-    for rows in images.shuffled(generator):
+    for parts in images.shuffled(generator):
         part = budget.spent(done)
         if part >= 1.0:
             break
         if part * _EVALUATIONS >= len(best.curve):
             best.look(done)
-        loss = training.loss(images.batch(rows, device, generator if augment else None))
+        loss = torch.stack(
+            [
+                training.loss(images.batch(rows, device, generator if augment else None))
+                for rows in parts
+            ]
+        ).mean()
         optimizer.step(loss, _schedule(done, part))
         done += 1
         if progress is not None:
@@ -197,11 +202,10 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
-def _cheap_products(device: str) -> AbstractContextManager[object]:
-    """Products in bfloat16 where the CPU has instructions for them; elsewhere they are slower."""
+def _multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for it; elsewhere it is slower than float32."""
     found = torch.cpu.get_capabilities()
-    helps = device == "cpu" and any(found.get(name) for name in _MULTIPLIES_BFLOAT16)
-    return torch.autocast("cpu", torch.bfloat16, enabled=helps)
+    return any(found.get(name, False) for name in _MULTIPLIES_BFLOAT16)
 
 
 def _wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -324,13 +328,19 @@ class _Training:
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Divergence of the outputs plus the mean error of the features."""
         planes = {name: _channels_last(tensor) for name, tensor in batch.items()}
-        with _cheap_products(self.device):
+        with self._products():
             own = _wide(self.student(planes))
             with torch.no_grad():
                 other = _wide(self.teacher(planes))
         total = self._output_divergences(own, other).mean()
         errors = [_normalised_errors(own[name], other[name]).mean() for name in self.features]
         return total + sum(errors) / len(errors) if errors else total
+
+    def _products(self) -> AbstractContextManager[object]:
+        """Values are wanted more exactly than bfloat16 has them, classes are not."""
+        helps = self.device == "cpu" and _multiplies_bfloat16()
+        is_enough = all(target.is_logits for target in self.targets)
+        return torch.autocast("cpu", torch.bfloat16, enabled=helps and is_enough)
 
     def _output_divergences(self, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
         parts = [_divergences(own[t.student], other[t.teacher], t) for t in self.targets]

@@ -6,6 +6,7 @@ mirrored at random and zoomed into.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ class Images:
 
     Attributes:
         size: of the batches that are made of them.
+        step: images of each training step, so many batches as come near the usual number.
         training, held_back: numbers of the images for each purpose.
     """
 
@@ -55,6 +57,7 @@ class Images:
         self.held_back = [row for row in everything if row % _HOLD_EVERY == _HOLD_EVERY - 1]
         self.training = [row for row in everything if row % _HOLD_EVERY != _HOLD_EVERY - 1]
         self.size = fixed or min(_BATCH, len(self.training))
+        self.step = self.size * math.ceil(min(_BATCH, len(self.training)) / self.size)
         self._rest = len(self.held_back) % fixed if fixed else 0
 
     def judged(self) -> list[list[int]]:
@@ -65,15 +68,15 @@ class Images:
             for start in range(0, last, self.size)
         ]
 
-    def shuffled(self, generator: torch.Generator) -> Iterator[list[int]]:
-        """The training images of each step: all of them before any comes again."""
+    def shuffled(self, generator: torch.Generator) -> Iterator[list[list[int]]]:
+        """The training images of each step in batches: all of them before any comes again."""
         order: list[int] = []
         while True:
-            while len(order) < self.size:
+            while len(order) < self.step:
                 picks = torch.randperm(len(self.training), generator=generator).tolist()
                 order += [self.training[pick] for pick in picks]
-            yield order[: self.size]
-            order = order[self.size :]
+            yield [order[start : start + self.size] for start in range(0, self.step, self.size)]
+            order = order[self.step :]
 
     def arrays(self, rows: Sequence[int]) -> Arrays:
         """These images as they are."""

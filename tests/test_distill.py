@@ -143,7 +143,7 @@ def test_held_back_images_are_never_trained_on():
     found = Images(data, ["x"], None)
     assert not set(found.training) & set(found.held_back)
     steps = itertools.islice(found.shuffled(torch.Generator().manual_seed(0)), 9)
-    drawn = [row for rows in steps for row in rows]
+    drawn = [row for batches in steps for rows in batches for row in rows]
     assert not set(drawn) & set(found.held_back)
     assert sorted(drawn[:80]) == found.training  # each once before any comes again
     (row,) = found.batch([26], "cpu", None)["x"]
@@ -214,3 +214,14 @@ def test_wrong_data_and_models():
         repair(student, load(classifier(softmax=True)))
     with pytest.raises(UsageError, match="no such tensor in the graph: nowhere"):
         repair(student, teacher, features=["nowhere"])
+
+
+def test_small_fixed_batches_add_up_to_a_step():
+    alone = Images(images(), ["x"], 1)
+    (step,) = itertools.islice(alone.shuffled(torch.Generator().manual_seed(0)), 1)
+    assert [len(rows) for rows in step] == [1] * 16
+    threes = Images(images(), ["x"], 3)
+    (step,) = itertools.islice(threes.shuffled(torch.Generator().manual_seed(0)), 1)
+    assert [len(rows) for rows in step] == [3] * 6
+    teacher = classifier(batch=1)
+    assert repair(damaged(teacher), load(teacher)).is_kept
