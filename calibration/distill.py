@@ -204,7 +204,8 @@ def _channels_last(tensor: Tensor) -> Tensor:
 
 def _multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for it; elsewhere it is slower than float32."""
-    found = torch.cpu.get_capabilities()
+    # Older torch does not tell.
+    found = getattr(torch.cpu, "get_capabilities", dict)()
     return any(found.get(name, False) for name in _MULTIPLIES_BFLOAT16)
 
 
