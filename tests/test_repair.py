@@ -14,7 +14,9 @@ torch = pytest.importorskip("torch")
 from test_distill import classifier, damaged, images  # noqa: E402 - needs torch
 
 import graphfold  # noqa: E402
+from graphfold.calibration import repair as module  # noqa: E402
 from graphfold.calibration.bridge import bridge  # noqa: E402
+from graphfold.calibration.distill import distill  # noqa: E402
 from graphfold.calibration.repair import common_features, repair  # noqa: E402
 from graphfold.calibration.torch_depthwise import depthwise  # noqa: E402
 from graphfold.cli import main  # noqa: E402
@@ -189,7 +191,12 @@ def files(tmp_path):
     return paths
 
 
-def test_the_command_reports_what_came_of_it(files, tmp_path, capfd):
+def test_the_command_reports_what_came_of_it(files, tmp_path, capfd, monkeypatch):
+    def counted(*models, **options):
+        options |= {"steps": 40, "minutes": 10, "step_size": 5e-3}
+        return distill(*models, **options)
+
+    monkeypatch.setattr(module, "distill", counted)  # the command's process is a copy of this one
     model, plan, data = files.values()
     out, page = tmp_path / "out.onnx", tmp_path / "report.html"
     given = ["--plan", plan, "--data", data, "--distill", "0.05", "-o", out, "--report", page]
@@ -202,7 +209,7 @@ def test_the_command_reports_what_came_of_it(files, tmp_path, capfd):
     assert (found["trained_on"], found["judged_on"]) == (80, 20)
     assert "against the original" in page.read_text()
     metadata = {item.key: item.value for item in onnx.load(out).metadata_props}
-    assert metadata["graphfold.distilled"] == str(found["steps"])
+    assert metadata["graphfold.distilled"] == str(found["steps"]) == "40"
 
 
 @pytest.mark.parametrize(
