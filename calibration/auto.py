@@ -1,7 +1,7 @@
 """Everything in one run: what is fastest at how much damage, on this device, with these inputs.
 
 The model is folded losslessly, inner channels and blocks are fitted on most of the calibration
-inputs, and from there the search walks towards faster networks (`graphfold.calibration.context`),
+inputs, and from there searches walk towards faster networks (`graphfold.calibration.context`),
 in float and, where it is asked for, with the latencies that the network has in INT8. What is left
 of the inputs judges every step. The network that is chosen is built once more by `optimize`, from
 the plan that says what it is, with all inputs: so the plan file alone makes it again.
@@ -11,27 +11,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import onnx
-from numpy.typing import NDArray
-
-from graphfold.calibration.capture import run_part
-from graphfold.calibration.choosing import QuantizationChoice, choose_quantization
-from graphfold.calibration.context import Context, Point, Search
+from graphfold.calibration.explore import Exploration, Option, Progress, Route, plan_of
 from graphfold.calibration.judge import Verdict
-from graphfold.calibration.latency import compare
-from graphfold.calibration.nodetimes import NodeTimes, measure_nodes
-from graphfold.calibration.planned import scheme_of
 from graphfold.calibration.planning import with_version
-from graphfold.calibration.quantize import Quantizer, roughly_quantized
-from graphfold.calibration.workbench import Key, Replacement, State, Workbench
-from graphfold.errors import BudgetError, DataError, ModelError, UsageError
-from graphfold.model import adopt, digest, to_proto
-from graphfold.plan import ModelReference, Plan, Quantize, read_plan
+from graphfold.errors import BudgetError, ModelError, UsageError
+from graphfold.model import to_proto
+from graphfold.plan import Plan
 from graphfold.plot import Series, scatter
 from graphfold.tables import Table, make_table
 
@@ -40,56 +29,20 @@ if TYPE_CHECKING:
     from graphfold.model import Model
     from graphfold.optimizer import Result
 
-Progress = Callable[[str, int, int], None]
 Dtype = Literal["float32", "int8", "auto"]
 
-# Of the calibration inputs, every fifth is held back: nothing is fitted on it, it judges.
-HELD_EVERY = 5
-# More samples make a verdict no better than the walk's own steps are wide.
-_MOST_JUDGED = 200
-_BATCH = 10
-_MEASURE_SECONDS = 4.0
-_QUANTIZED_ON = 128
-# A network found in context is measured whole; so often the walk goes on where it is too slow.
-_MOST_CORRECTIONS = 4
 _LARGEST_SPEEDUP = 4.0
-# Inputs are held in memory: they are run through several times.
-_MOST_BYTES = 2 << 30
+# A frontier need not be followed to where little more than chance is left.
+_USELESS = 0.5
 
 
 @dataclass(frozen=True)
-class Option:
-    """One network of the frontier.
+class Found:
+    """What a search found.
 
     Attributes:
-        dtype: what it computes in.
-        state: its replacements.
-        speedup: over the model as onnxruntime runs it in float; predicted, measured if known.
-        verdict: against the model, on inputs that were not fitted on.
-        predicted_damage: what the step before it summed up to.
-        quantize: how it is quantized, for INT8.
-        measured: whether `speedup` was measured.
-    """
-
-    dtype: str
-    state: State
-    speedup: float
-    verdict: Verdict
-    predicted_damage: float | None = None
-    quantize: Quantize | None = None
-    measured: bool = False
-
-
-@dataclass(frozen=True)
-class AutoResult:
-    """What a run found.
-
-    Attributes:
-        plan: the chosen network's.
-        result: what `optimize` made of it.
-        chosen: the chosen option, its speedup measured.
-        final: against the model on the held-back inputs, as it was written; by then those
-            were fitted on, too.
+        plan: the chosen network's; None where only the frontier was asked for.
+        chosen: the option it makes, its speedup measured; None likewise.
         options: everything on the way, float first, the model itself the first.
         asked: for people.
         settings: device, threads, data.
@@ -97,10 +50,8 @@ class AutoResult:
         warnings: for the user.
     """
 
-    plan: Plan
-    result: Result
-    chosen: Option
-    final: Verdict
+    plan: Plan | None
+    chosen: Option | None
     options: tuple[Option, ...]
     asked: str
     settings: Mapping[str, Any]
@@ -108,12 +59,11 @@ class AutoResult:
     warnings: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON document of `auto --json`."""
+        """The JSON document of `plan --data --json`, and the most of `auto --json`."""
         return {
             "asked": self.asked,
-            "plan": json.loads(self.plan_text()),
-            "chosen": _option_json(self.chosen),
-            "final": self.final.to_json(),
+            "plan": None if self.plan is None else json.loads(self.plan_text()),
+            "chosen": None if self.chosen is None else _option_json(self.chosen),
             "frontier": [_option_json(each) for each in self.options],
             "settings": dict(self.settings),
             "seconds": dict(self.seconds),
@@ -121,7 +71,9 @@ class AutoResult:
         }
 
     def plan_text(self) -> str:
-        """The plan file's content."""
+        """The plan file's content; empty where there is none."""
+        if self.plan is None:
+            return ""
         return with_version(self.plan.model_dump_json(exclude_defaults=True, indent=1))
 
     def tables(self) -> list[Table]:
@@ -139,7 +91,7 @@ class AutoResult:
                     None if verdict.psnr is None else f"{verdict.psnr:.1f} dB",
                     str(sum(r.family == "narrow" for r in each.state.values())),
                     str(sum(r.family == "identity" for r in each.state.values())),
-                    "chosen" if _same(each, self.chosen) else "",
+                    "chosen" if self.chosen is not None and _same(each, self.chosen) else "",
                 )
             )
         columns = (
@@ -147,11 +99,11 @@ class AutoResult:
             "",
         )  # fmt: skip
         note = "On inputs that nothing was fitted on. * predicted from kernels' times."
-        frontier = make_table("Frontier", columns, rows, note=note)
-        summary = make_table("Result", ("", ""), list(self._summary()))
-        return [frontier, summary]
+        return [make_table("Frontier", columns, rows, note=note), *self._summary()]
 
-    def _summary(self) -> Sequence[tuple[str, str]]:
+    def _summary(self) -> list[Table]:
+        if self.chosen is None:
+            return []
         verdict = self.chosen.verdict
         rows = [
             ("asked for", self.asked),
@@ -166,14 +118,34 @@ class AutoResult:
             rows.append(("PSNR, held back", f"{verdict.psnr:.1f} dB"))
         rows.append(("largest error, of scale", f"{verdict.max_error:.3g}"))
         rows += [(f"seconds: {name}", f"{value:.0f}") for name, value in self.seconds.items()]
-        return rows
+        return [make_table("Result", ("", ""), rows)]
 
     def picture(self) -> str:
         """The frontier as an SVG: latency share against agreement (or damage)."""
         return _picture(self.options, self.chosen)
 
 
-def _picture(options: Sequence[Option], chosen: Option) -> str:
+@dataclass(frozen=True)
+class AutoResult:
+    """A search, and the network that it chose.
+
+    Attributes:
+        found: the search.
+        result: what `optimize` made of its plan.
+        final: the written network against the model, on the held-back inputs; by then those were
+            fitted on, too.
+    """
+
+    found: Found
+    result: Result
+    final: Verdict
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON document of `auto --json`."""
+        return {**self.found.to_json(), "final": self.final.to_json()}
+
+
+def _picture(options: Sequence[Option], chosen: Option | None) -> str:
     is_classifier = options[0].verdict.agreement is not None
 
     def place(option: Option) -> tuple[float, float]:
@@ -190,7 +162,8 @@ def _picture(options: Sequence[Option], chosen: Option) -> str:
     plain = [each for each in options if each.dtype == "int8" and not each.state]
     if plain:
         series.append(Series("plain INT8", [place(plain[0])], "dot"))
-    series.append(Series("chosen", [place(chosen)], "ring"))
+    if chosen is not None:
+        series.append(Series("chosen", [place(chosen)], "ring"))
     label = "agreement with the model" if is_classifier else "minus damage"
     return scatter(series, "latency, of the model's", label)
 
@@ -218,26 +191,28 @@ def _option_json(option: Option) -> dict[str, Any]:
     return found
 
 
-def auto(
+def find_plan(
     model: Model,
     data: Dataset,
     *,
     speedup: float | None = None,
     min_agreement: float | None = None,
+    frontier: bool = False,
     dtype: Dtype = "float32",
     threads: int = 1,
     provider: str = "CPUExecutionProvider",
     families: Sequence[str] = ("narrow", "identity"),
     time_budget: float | None = None,
     progress: Progress | None = None,
-) -> AutoResult:
-    """Find, build and verify a network that is as fast, or as good, as asked.
+) -> Found:
+    """Find a network that is as fast, or as good, as asked, and the plan that states it.
 
     Args:
         model: the model; it is not modified.
         data: calibration inputs, labelled or not.
         speedup: over the model as onnxruntime runs it in float.
         min_agreement: share of held-back inputs whose class must stay the same.
+        frontier: where neither is given, list what there is, up to four times the speed.
         dtype: what the result computes in; auto takes what is better.
         threads: intra-op threads that latency is measured with.
         provider: execution provider.
@@ -251,18 +226,42 @@ def auto(
         BudgetError: nothing is as fast, or as good, as asked.
         ModelError, RunError: onnxruntime cannot run or quantize the model.
     """
-    _check(speedup, min_agreement, dtype)
-    run = _Run(model, data, threads, provider, families, time_budget, progress or _no_progress)
-    goal = _Goal(speedup, min_agreement)
-    return run.find(goal, dtype)
+    goal = _goal(speedup, min_agreement, frontier, dtype)
+    explored = Exploration(
+        model, data, threads=threads, provider=provider, families=families, progress=progress
+    )
+    return _Run(explored, goal, time_budget).find(dtype)
 
 
-def _no_progress(stage: str, done: int, total: int) -> None:
-    del stage, done, total
+def auto(
+    model: Model,
+    data: Dataset,
+    *,
+    speedup: float | None = None,
+    min_agreement: float | None = None,
+    dtype: Dtype = "float32",
+    threads: int = 1,
+    provider: str = "CPUExecutionProvider",
+    families: Sequence[str] = ("narrow", "identity"),
+    time_budget: float | None = None,
+    progress: Progress | None = None,
+) -> AutoResult:
+    """Find a network that is as fast, or as good, as asked, build and verify it.
+
+    Arguments and errors are those of `find_plan`.
+    """
+    goal = _goal(speedup, min_agreement, False, dtype)
+    explored = Exploration(
+        model, data, threads=threads, provider=provider, families=families, progress=progress
+    )
+    run = _Run(explored, goal, time_budget)
+    return run.built(run.find(dtype))
 
 
-def _check(speedup: float | None, min_agreement: float | None, dtype: str) -> None:
-    if (speedup is None) == (min_agreement is None):
+def _goal(speedup: float | None, min_agreement: float | None, frontier: bool, dtype: str) -> _Goal:
+    if speedup is not None and min_agreement is not None:
+        raise UsageError("--speedup and --min-agreement contradict each other", hint="give one")
+    if speedup is None and min_agreement is None and not frontier:
         raise UsageError("how fast, or how good?", hint="one of --speedup X and --min-agreement A")
     if speedup is not None and speedup <= 1:
         raise UsageError(f"a speedup of {speedup:g} is none", hint="more than 1, for example 1.3")
@@ -270,11 +269,12 @@ def _check(speedup: float | None, min_agreement: float | None, dtype: str) -> No
         raise UsageError("an agreement is a share above 0 and at most 1", hint="for example 0.95")
     if dtype not in ("float32", "int8", "auto"):
         raise UsageError(f"--dtype {dtype!r} is not known", hint="float32, int8 or auto")
+    return _Goal(speedup, min_agreement)
 
 
 @dataclass(frozen=True)
 class _Goal:
-    """What was asked for: one of the two."""
+    """What was asked for: one of the two, or only what there is."""
 
     speedup: float | None
     min_agreement: float | None
@@ -282,17 +282,21 @@ class _Goal:
     def __str__(self) -> str:
         if self.speedup is not None:
             return f"{self.speedup:g} times as fast"
+        if self.min_agreement is None:
+            return "the frontier"
         return f"at least {100 * (self.min_agreement or 0):g} % agreement"
 
     def is_met(self, option: Option) -> bool:
         """Whether an option is good and fast enough."""
         if self.speedup is not None:
-            return option.speedup >= self.speedup
-        return (option.verdict.agreement or 0.0) >= (self.min_agreement or 0.0)
+            return option.measured and option.speedup >= self.speedup
+        if self.min_agreement is None:
+            return option.verdict.agreement is None or option.verdict.agreement > _USELESS
+        return (option.verdict.agreement or 0.0) >= self.min_agreement
 
     def best(self, options: Sequence[Option]) -> Option | None:
         """The least damaged that is fast enough; the fastest that is good enough."""
-        met = [each for each in options if self.is_met(each)]
+        met = [each for each in options if each.measured and self.is_met(each)]
         if not met:
             return None
         if self.speedup is not None:
@@ -301,369 +305,83 @@ class _Goal:
 
 
 class _Run:
-    """One run: inputs, workbench, and what was measured."""
+    """One run of `auto`."""
 
-    def __init__(
-        self,
-        model: Model,
-        data: Dataset,
-        threads: int,
-        provider: str,
-        families: Sequence[str],
-        time_budget: float | None,
-        progress: Progress,
-    ) -> None:
-        from graphfold.optimizer import optimize_model
+    def __init__(self, exploration: Exploration, goal: _Goal, time_budget: float | None) -> None:
+        self._exploration = exploration
+        self._goal = goal
+        self._time_budget = time_budget
+        self._warnings: list[str] = []
 
-        self.model = model
-        self.threads = threads
-        self.provider = provider
-        self.families = families
-        self.time_budget = time_budget
-        self.progress = progress
-        self.seconds: dict[str, float] = {}
-        self.warnings: list[str] = []
-        self._clock = time.monotonic()
-        progress("reading data", 0, 0)
-        self.feeds, self.labels = _read(data)
-        self.fitted_on = [
-            feed for number, feed in enumerate(self.feeds) if number % HELD_EVERY != HELD_EVERY - 1
-        ]
-        held = list(range(HELD_EVERY - 1, len(self.feeds), HELD_EVERY))
-        self.held = [self.feeds[number] for number in held]
-        if not self.held or not self.fitted_on:
-            raise DataError(
-                f"{len(self.feeds)} batches of inputs are too few to fit on some and judge on "
-                "others",
-                where=data.name,
-                hint="a few hundred samples are better",
-            )
-        self.held = _at_most(self.held, _MOST_JUDGED)
-        labels = None
-        if all(each is not None for each in self.labels):
-            chosen = [self.labels[number] for number in held[: len(self.held)]]
-            labels = np.concatenate([each for each in chosen if each is not None])
-        progress("folding", 0, 0)
-        self.folded = optimize_model(model, None, verify=False).folded
-        self.bench = Workbench(self.folded, _names_known_to(model))
-        self.context = Context(self.bench, self.held, labels)
-        self.timed = _one_sample(self.feeds[0], model)
-        self.settings = {
-            "threads": threads,
-            "provider": provider,
-            "samples": sum(_samples(feed) for feed in self.feeds),
-            "judged_on": sum(_samples(feed) for feed in self.held),
-            "data": data.name,
-        }
-        self._stage("reading and folding")
-
-    def _stage(self, name: str) -> None:
-        now = time.monotonic()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._clock
-        self._clock = now
-
-    def find(self, goal: _Goal, dtype: Dtype) -> AutoResult:
+    def find(self, dtype: Dtype) -> Found:
         """The whole run."""
-        if goal.min_agreement is not None and not self.context.judge.is_classifier:
+        explored, goal = self._exploration, self._goal
+        if goal.min_agreement is not None and not explored.context.judge.is_classifier:
             raise UsageError(
                 "the model's outputs are no classes, so there is no agreement",
                 hint="--speedup, and look at the PSNR",
             )
-        self._fit()
-        original = Option("float32", {}, 1.0, self.context.verdict({}), measured=True)
-        options = [original]
+        explored.fit()
+        options = [explored.original()]
         if dtype in ("float32", "auto"):
-            options += self._float_options(goal)
+            options += self._walked(explored.float_route())[1:]
+            explored.stage("searching in float")
         if dtype in ("int8", "auto"):
-            options += self._int8_options(goal)
-        candidates = options if dtype != "int8" else [o for o in options if o.dtype == "int8"]
-        chosen = goal.best(candidates)
-        if chosen is None:
-            raise BudgetError(
-                f"no network that was found is {goal}",
-                hint=_best_hint(goal, options),
-            )
-        return self._finish(goal, chosen, options)
-
-    def _fit(self) -> None:
-        self.bench.collect(self.fitted_on, progress=self.progress)
-        self.bench.prepare(self.progress)
-        self._stage("fitting")
-
-    # Float ----------------------------------------------------------------------------------
-
-    def _float_options(self, goal: _Goal) -> list[Option]:
-        times = self._times(None)
-        search = Search(self.context, times, self.families)
-        found = self._walk(search, goal, 1.0, lambda point: self._as_float(point))
-        self._stage("searching in float")
-        return found
-
-    def _as_float(self, point: Point) -> Option:
-        return Option("float32", point.state, point.speedup, point.verdict, point.predicted_damage)
-
-    def _times(self, convert: Callable[[onnx.ModelProto], onnx.ModelProto] | None) -> NodeTimes:
-        return measure_nodes(
-            self.bench,
-            self.timed,
-            threads=self.threads,
-            provider=self.provider,
-            convert=convert,
-            progress=self.progress,
-        )
-
-    def _walk(
-        self, search: Search, goal: _Goal, start: float, option: Callable[[Point], Option]
-    ) -> list[Option]:
-        """Steps until the goal is met (or missed), the last one measured and corrected.
-
-        `start` is the speedup of the walk's own beginning over the model.
-        """
-        found: list[Option] = []
-        wanted = (goal.speedup or _LARGEST_SPEEDUP) / start
-        deadline = None if self.time_budget is None else time.monotonic() + self.time_budget
-        corrections = 0
-        while True:
-            if deadline is not None and time.monotonic() > deadline:
-                self.warnings.append("the time budget ended the search before its goal")
-                break
-            if search.present.speedup >= wanted * (1 - 1e-9):
-                measured = self._measured(found[-1]) if found else None
-                if measured is None or goal.speedup is None:
-                    break
-                found[-1] = measured
-                if measured.speedup >= goal.speedup or corrections == _MOST_CORRECTIONS:
-                    break
-                # As much further as is missing, as predicted and measured speedups go.
-                corrections += 1
-                wanted *= min(1.1, goal.speedup / measured.speedup * 1.005)
-            if not search.step(search.times.whole / wanted, self.progress):
-                break
-            found.append(option(search.present))
-            if goal.min_agreement is not None and not goal.is_met(found[-1]):
-                break
-        if goal.speedup is not None:
-            self._step_back(found, goal.speedup)
-        if goal.min_agreement is not None:
-            # From here to the best that is good enough, measured.
-            found = [self._measured(each) if goal.is_met(each) else each for each in found]
-        return found
-
-    def _step_back(self, found: list[Option], speedup: float) -> None:
-        """Measure what comes before the first that is fast enough: kernels alone may mislead."""
-        for number in range(len(found) - 1, 0, -1):
-            if not (found[number].measured and found[number].speedup >= speedup):
-                return
-            found[number - 1] = self._measured(found[number - 1])
-
-    # INT8 -----------------------------------------------------------------------------------
-
-    def _int8_options(self, goal: _Goal) -> list[Option]:
-        try:
-            plain = self._quantized({}, None)
-        except ModelError as error:
-            self.warnings.append(f"no INT8: the model {error.what}")
-            return []
-        found = [self._measured(plain)]
-        if goal.speedup is not None and found[0].speedup >= goal.speedup:
-            self._stage("INT8")
-            return found
-        times = self._times(self._roughly)
-        search = Search(self.context, times, self.families)
-        start = found[0].speedup
-        scheme = plain.quantize
-
-        def option(point: Point) -> Option:
-            quantized = self._quantized(point.state, scheme)
-            return Option(
-                "int8",
-                point.state,
-                start * point.speedup,
-                quantized.verdict,
-                point.predicted_damage,
-                scheme,
-            )
-
-        if goal.min_agreement is None or goal.is_met(found[0]):
-            found += self._walk(search, goal, start, option)
-        self._stage("INT8")
-        return found
-
-    def _roughly(self, proto: onnx.ModelProto) -> onnx.ModelProto:
-        return to_proto(roughly_quantized(adopt(proto, check=False), self.timed))
-
-    def _quantized(self, state: State, settings: Quantize | None) -> Option:
-        """A network in INT8, judged against the model; its speedup still unknown."""
-        folded = adopt(self.bench.build(state), check=False)
-        feeds = _at_most(self.fitted_on, _QUANTIZED_ON)
-        if settings is None:
-            self.progress("choosing how to quantize", 0, 0)
-            choice = choose_quantization(
-                folded, feeds, self.held, progress=self.progress, time_budget=self.time_budget
-            )
-            settings, network = _settings(choice), choice.model
-        else:
-            self.progress("quantizing", 0, 0)
-            quantizer = Quantizer(folded, feeds, [settings.calibration])
-            network = quantizer.quantized(scheme_of(settings))
-        verdict = self._judge(to_proto(network))
-        return Option("int8", state, 1.0, verdict, quantize=settings)
-
-    def _judge(self, proto: onnx.ModelProto) -> Verdict:
-        run = run_part(proto, 0)
-        return self.context.judge.verdict([run(feed) for feed in self.held])
-
-    # Measuring, and the end -----------------------------------------------------------------
-
-    def _measured(self, option: Option) -> Option:
-        """The option with its measured speedup over the model."""
-        self.progress("measuring speedup", 0, 0)
-        proto = self.bench.build(option.state)
-        if option.quantize is not None:
-            proto = self._quantized_for_timing(proto, option.quantize)
-        found = compare(
-            [self.model, proto.SerializeToString()],
-            names=["model", "candidate"],
-            inputs=[self.timed],
-            threads=self.threads,
-            provider=self.provider,
-            seconds=_MEASURE_SECONDS,
-        )
-        return Option(
-            option.dtype,
-            option.state,
-            found.models[1].speedup,
-            option.verdict,
-            option.predicted_damage,
-            option.quantize,
-            measured=True,
-        )
-
-    def _quantized_for_timing(self, proto: onnx.ModelProto, settings: Quantize) -> onnx.ModelProto:
-        """With the ranges of one feed: latency does not depend on them."""
-        quantizer = Quantizer(adopt(proto, check=False), [self.timed], ["minmax"])
-        quick = settings.model_copy(update={"calibration": "minmax", "percentile": None})
-        return to_proto(quantizer.quantized(scheme_of(quick)))
-
-    def _finish(self, goal: _Goal, chosen: Option, options: Sequence[Option]) -> AutoResult:
-        import graphfold
-
-        if not chosen.measured:
-            measured = self._measured(chosen)
-            options = [measured if each is chosen else each for each in options]
-            chosen = measured
-        plan = plan_of(chosen, self.model)
-        self.progress("building the network", 0, 0)
-        result = graphfold.optimize(self.model, plan, data=self.feeds, progress=self.progress)
-        final = self._judge(to_proto(result.folded))
-        self._stage("building and verifying")
-        return AutoResult(
-            plan,
-            result,
+            options += [each for each in self._in_int8() if each.measured]
+            explored.stage("searching in INT8")
+        chosen = None
+        if goal.speedup is not None or goal.min_agreement is not None:
+            wanted = [each for each in options if dtype != "int8" or each.dtype == "int8"]
+            chosen = goal.best(wanted)
+            if chosen is None:
+                raise BudgetError(f"no network that was found is {goal}", hint=_hint(goal, options))
+        return Found(
+            None if chosen is None else plan_of(chosen, explored.model),
             chosen,
-            final,
             tuple(options),
             str(goal),
-            self.settings,
-            self.seconds,
-            tuple(self.warnings),
+            explored.settings,
+            explored.seconds,
+            tuple(self._warnings),
         )
 
+    def _in_int8(self) -> list[Option]:
+        try:
+            route = self._exploration.int8_route(time_budget=self._time_budget)
+        except ModelError as error:
+            self._warnings.append(f"no INT8: the model {error.what}")
+            return []
+        return self._walked(route)
 
-def plan_of(option: Option, model: Model) -> Plan:
-    """The plan that states a network."""
-    segments = [_segment(key, each) for key, each in option.state.items()]
-    data: dict[str, Any] = {
-        "graphfold_plan": 1,
-        "model": {
-            "name": None if model.path is None else model.path.name,
-            "sha256": digest(model.path if model.path is not None else model),
-        },
-        "segments": segments,
-        "objective": {
-            "speedup": option.speedup,
-            **{f"held_back_{name}": value for name, value in option.verdict.to_json().items()},
-        },
-    }
-    if option.quantize is not None:
-        data["quantize"] = option.quantize.model_dump(mode="json", exclude_none=True)
-    data["model"] = ModelReference(**data["model"]).model_dump(exclude_none=True)
-    return read_plan(data)
+    def _walked(self, route: Route) -> list[Option]:
+        goal = self._goal
+        deadline = None if self._time_budget is None else time.monotonic() + self._time_budget
+        if goal.speedup is not None:
+            route.reach(goal.speedup, deadline)
+        else:
+            route.walk_while(goal.is_met, _LARGEST_SPEEDUP, deadline)
+        if deadline is not None and time.monotonic() > deadline:
+            self._warnings.append("the time budget ended a search before its goal")
+        return route.options
 
+    def built(self, found: Found) -> AutoResult:
+        """The chosen network, made by `optimize` from its plan and all inputs."""
+        import graphfold
 
-def _segment(key: Key, replacement: Replacement) -> dict[str, Any]:
-    found: dict[str, Any] = {"input": key[0], "output": key[1], "family": replacement.family}
-    if replacement.family != "identity":
-        found["weights"] = "regress"
-    if replacement.width is not None:
-        found["width"] = replacement.width
-    if replacement.kernel is not None:
-        found["kernel"] = list(replacement.kernel)
-    if replacement.rank is not None:
-        found["rank"] = replacement.rank
-    return found
+        explored = self._exploration
+        explored.progress("building the network", 0, 0)
+        result = graphfold.optimize(
+            explored.model, found.plan, data=explored.feeds, progress=explored.progress
+        )
+        final = explored.judged(to_proto(result.folded))
+        explored.stage("building and verifying")
+        return AutoResult(found, result, final)
 
 
-def _settings(choice: QuantizationChoice) -> Quantize:
-    return choice.settings
-
-
-def _best_hint(goal: _Goal, options: Sequence[Option]) -> str:
+def _hint(goal: _Goal, options: Sequence[Option]) -> str:
+    measured = [each for each in options if each.measured]
     if goal.speedup is not None:
-        best = max(options, key=lambda each: each.speedup)
-        return f"the fastest is {best.speedup:.2f} times as fast"
+        best = max(measured, key=lambda each: each.speedup)
+        return f"the fastest that was measured is {best.speedup:.2f} times as fast"
     good = max(options, key=lambda each: each.verdict.agreement or 0.0)
     return f"the best has {100 * (good.verdict.agreement or 0):.1f} %"
-
-
-def _read(data: Dataset) -> tuple[list[dict[str, NDArray[Any]]], list[NDArray[np.int64] | None]]:
-    feeds: list[dict[str, NDArray[Any]]] = []
-    labels: list[NDArray[np.int64] | None] = []
-    size = 0
-    for batch in data.batches(_BATCH):
-        size += sum(array.nbytes for array in batch.feed.values())
-        if size > _MOST_BYTES:
-            raise DataError(
-                f"more than {_MOST_BYTES >> 30} GiB of inputs",
-                where=data.name,
-                hint=f"--samples {sum(map(_samples, feeds))} takes the first of them",
-            )
-        feeds.append(dict(batch.feed))
-        labels.append(batch.labels)
-    return feeds, labels
-
-
-def _samples(feed: Mapping[str, NDArray[Any]]) -> int:
-    return next((len(array) for array in feed.values() if array.ndim), 1)
-
-
-def _at_most(feeds: Sequence[Any], samples: int) -> list[Any]:
-    """As many feeds, from the first on, as hold so many samples."""
-    found: list[Any] = []
-    total = 0
-    for feed in feeds:
-        if total >= samples:
-            break
-        found.append(feed)
-        total += _samples(feed)
-    return found
-
-
-def _one_sample(feed: Mapping[str, NDArray[Any]], model: Model) -> dict[str, NDArray[Any]]:
-    """What latency is measured on: one sample, unless the model states its batch."""
-    from graphfold.specs import model_inputs
-
-    fixed = {
-        spec.name
-        for spec in model_inputs(model)
-        if not spec.shape or isinstance(spec.shape[0], int)
-    }
-    return {name: array if name in fixed else array[:1] for name, array in feed.items()}
-
-
-def _names_known_to(model: Model) -> Callable[[Key], bool]:
-    """Whether the model itself has both tensors: plans name its own."""
-    from graphfold.graph import Graph
-
-    known = Graph(model).values()
-    return lambda key: key[0] in known and key[1] in known

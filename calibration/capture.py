@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Feeds = Sequence[Mapping[str, NDArray[Any]]]
 Progress = Callable[[str, int, int], None]
 
+_SEED = 0
+
 
 def extract(
     proto: onnx.ModelProto,
@@ -147,12 +149,14 @@ class Window:
 
 
 def window_of(graph: Graph, node: ir.Node, sizes: Sequence[int]) -> Window:
-    """The window of a Conv whose input has these spatial sizes; of a dense layer, none."""
-    if not is_op(node, "Conv"):
+    """The window of a Conv or AveragePool whose input has these sizes; of a dense layer, none."""
+    if not is_op(node, "Conv", "AveragePool"):
         return Window()
-    weight = graph.constant(node.inputs[1])
-    assert weight is not None
-    kernel = weight.shape[2:]
+    kernel = tuple(attribute(node, "kernel_shape", ()))
+    if is_op(node, "Conv"):
+        weight = graph.constant(node.inputs[1])
+        assert weight is not None
+        kernel = weight.shape[2:]
     rank = len(kernel)
     strides = tuple(attribute(node, "strides", [1] * rank))
     dilations = tuple(attribute(node, "dilations", [1] * rank))
@@ -200,14 +204,27 @@ def patches(x: NDArray[Any], window: Window, places: NDArray[np.intp]) -> NDArra
 
 
 def choose_places(
-    images: int, sizes: Sequence[int], per_image: int, rng: np.random.Generator
+    images: int, sizes: Sequence[int], per_image: int, first: int = 0
 ) -> NDArray[np.intp]:
-    """Random positions of every image, all of them where there are no more than wanted."""
+    """Random positions of every image, all of them where there are no more than wanted.
+
+    Args:
+        images: their number.
+        sizes: of the result, per spatial axis.
+        per_image: positions wanted.
+        first: number of the first image among all: an image has the same positions whatever
+            batch it comes in.
+    """
     total = math.prod(sizes)
     if total <= per_image:
         flat = np.tile(np.arange(total), (images, 1))
     else:
-        flat = np.stack([rng.choice(total, per_image, replace=False) for _ in range(images)])
+        flat = np.stack(
+            [
+                np.random.default_rng([_SEED, number]).choice(total, per_image, replace=False)
+                for number in range(first, first + images)
+            ]
+        )
     numbers = np.repeat(np.arange(images), flat.shape[1])
     return np.stack([numbers, *np.unravel_index(flat.ravel(), tuple(sizes) or (1,))], axis=1)[
         :, : 1 + len(sizes)

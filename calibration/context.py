@@ -25,7 +25,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from graphfold.calibration.capture import Feeds, extract, run_part, tensor_types
-from graphfold.calibration.judge import Judge, Verdict
+from graphfold.calibration.judge import Judge, Tally, Verdict
 from graphfold.calibration.nodetimes import NodeTimes, step_of
 from graphfold.calibration.workbench import Key, Progress, Replacement, State, Workbench
 from graphfold.graph import consumers
@@ -37,6 +37,8 @@ _CHANNELS = 0.08
 # A change that cost so many times what was paid per millisecond is passed over for some rounds.
 _DEAR = 3.0
 _PASSED_OVER = 3
+# Samples that changes are compared on.
+_SAMPLES = 96
 _MEMORY = 1 << 30
 _MOST_POINTS = 2000
 
@@ -111,49 +113,91 @@ class Context:
         return self._borders[key]
 
     def damages(
-        self, state: State, moves: Sequence[tuple[Key, Replacement]], progress: Progress | None
+        self,
+        state: State,
+        moves: Sequence[tuple[Key, Replacement]],
+        progress: Progress | None = None,
+        *,
+        feeds: int | None = None,
     ) -> list[float]:
-        """Mean damage of networks that differ from `state` in one place each."""
-        sums = np.zeros(len(moves))
-        samples = 0
+        """Mean damage of networks that differ from `state` in one place each.
+
+        Args:
+            state: the present network.
+            moves: one change for each network.
+            progress: called with (stage, done, total).
+            feeds: judge on so many of them; on all by default.
+        """
+        found, _ = self._tallies(state, moves, progress, feeds)
+        return [tally.damage for tally in found]
+
+    def added_damages(
+        self,
+        state: State,
+        moves: Sequence[tuple[Key, Replacement]],
+        progress: Progress | None,
+        samples: int,
+    ) -> list[float]:
+        """What each move adds to the damage of `state`, on as many feeds as hold so many samples.
+
+        Differences on the same inputs need fewer of them than a damage itself.
+        """
+        counts = np.cumsum([len(next(iter(feed.values()))) for feed in self.feeds])
+        feeds = min(len(self.feeds), int(np.searchsorted(counts, samples)) + 1)
+        found, present = self._tallies(state, moves, progress, feeds)
+        return [tally.damage - present.damage for tally in found]
+
+    def tallies(
+        self, state: State, moves: Sequence[tuple[Key, Replacement]], progress: Progress | None
+    ) -> list[Tally]:
+        """Answers of networks that differ from `state` in one place each, to all feeds."""
+        return self._tallies(state, moves, progress, None)[0]
+
+    def _tallies(
+        self,
+        state: State,
+        moves: Sequence[tuple[Key, Replacement]],
+        progress: Progress | None,
+        feeds: int | None,
+    ) -> tuple[list[Tally], Tally]:
+        """Answers of changed networks and of the present one; only what lies behind is run."""
+        tallies = [Tally(self.judge) for _ in moves]
+        present = Tally(self.judge)
         names = sorted({name for key, _ in moves for name in self.border(key)})
         whole = self.bench.build(state)
-        run = run_part(_with_outputs(whole, names), self.threads)
-        parts: dict[tuple[Key, Replacement], onnx.ModelProto] = {}
+        run = run_part(_with_outputs(whole, [*names, *self.judge.outputs]), self.threads)
         done = 0
-        for number, captured in self._chunks(run, names):
+        for captured in self._chunks(run, [*names, *self.judge.outputs], feeds):
             for index, (key, replacement) in enumerate(moves):
                 if progress is not None:
                     progress("measuring damage", done, 0)
                 done += 1
-                part = parts.get((key, replacement))
-                if part is None:
-                    changed = self.bench.build({**state, key: replacement})
-                    part = extract(changed, self.border(key), self.judge.outputs, self._types)
+                changed = self.bench.build({**state, key: replacement})
+                part = extract(changed, self.border(key), self.judge.outputs, self._types)
                 behind = run_part(part, self.threads)
-                for offset, tensors in enumerate(captured):
-                    found = self.judge.damages(number + offset, behind(tensors))
-                    sums[index] += float(found.sum())
-            samples += sum(len(next(iter(each.values()))) for each in captured)
-        return list(sums / max(1, samples))
+                for tensors in captured:
+                    tallies[index].add(behind(tensors))
+            for tensors in captured:
+                present.add(tensors)
+        return tallies, present
 
     def _chunks(
-        self, run: Any, names: Sequence[str]
-    ) -> Iterable[tuple[int, list[dict[str, NDArray[Any]]]]]:
-        """Captured tensors of as many feeds as memory holds, with the number of the first."""
+        self, run: Any, names: Sequence[str], feeds: int | None
+    ) -> Iterable[list[dict[str, NDArray[Any]]]]:
+        """Captured tensors of as many feeds as memory holds, in order."""
         chunk: list[dict[str, NDArray[Any]]] = []
-        size, first = 0, 0
-        for number, feed in enumerate(self.feeds):
+        size = 0
+        for feed in self.feeds[:feeds]:
             tensors = run(feed)
             kept = {name: tensors[name] if name in tensors else feed[name] for name in names}
             bytes_of = sum(each.nbytes for each in kept.values())
             if chunk and size + bytes_of > self._memory:
-                yield first, chunk
-                chunk, size, first = [], 0, number
+                yield chunk
+                chunk, size = [], 0
             chunk.append(kept)
             size += bytes_of
         if chunk:
-            yield first, chunk
+            yield chunk
 
 
 def _with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
@@ -226,15 +270,18 @@ class Search:
         state, present = self.present.state, self.present
         wanted = present.latency - max(latency, present.latency * (1 - _STEP))
         moves = self._moves(state)
+        if self._most(moves) < wanted and self._dear:
+            # What was passed over is needed after all.
+            self._dear.clear()
+            moves = self._moves(state)
         if not moves:
             return False
-        damages = self.context.damages(
-            state, [(move.key, move.replacement) for move in moves], progress
+        added = self.context.added_damages(
+            state, [(move.key, move.replacement) for move in moves], progress, _SAMPLES
         )
-        base = present.verdict.damage
         moves = [
-            _Move(move.key, move.replacement, move.gain, damage - base)
-            for move, damage in zip(moves, damages, strict=True)
+            _Move(move.key, move.replacement, move.gain, damage)
+            for move, damage in zip(moves, added, strict=True)
         ]
         chosen = cheapest(self._alternatives(moves), wanted)
         self._remember(moves, chosen)
@@ -246,10 +293,14 @@ class Search:
                     found.pop(key, None)
         verdict = self.context.verdict(found)
         after = self.times.predict(found)
-        predicted = base + sum(move.damage for move in chosen)
+        predicted = present.verdict.damage + sum(move.damage for move in chosen)
         self.points.append(Point(found, after, self.times.whole / after, verdict, predicted))
         self._round += 1
         return bool(chosen)
+
+    def _most(self, moves: Sequence[_Move]) -> float:
+        """What all moves together win."""
+        return sum(max(move.gain for move in group) for group in self._alternatives(moves))
 
     def _moves(self, state: State) -> list[_Move]:
         dropped = [key for key, each in state.items() if each.family == "identity"]

@@ -6,12 +6,14 @@ itself, where the rest of the plan is applied as ever. Same data, same plan: sam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from graphfold.calibration.capture import Feeds
 from graphfold.calibration.channels import find_inner
-from graphfold.calibration.workbench import Key, Progress, Replacement, Workbench
+from graphfold.calibration.sketch import Sketch
+from graphfold.calibration.workbench import Key, Progress, Replacement, State, Workbench
 from graphfold.errors import PlanError, Problem
 from graphfold.fitted import Fitted, SegmentFit
 from graphfold.graph import Graph
@@ -46,17 +48,39 @@ def fit_plan(
         PlanError: segments that cannot be fitted; all of them.
         RunError: onnxruntime cannot run the model.
     """
+    check_digest(model, plan, allow_other_model)
+
+    def collect(bench: Workbench, state: State) -> None:
+        narrow = [key for key, each in state.items() if each.family == "narrow"]
+        kernels = {key: each.kernel or () for key, each in state.items() if each.family != "narrow"}
+        bench.collect(feeds, inner=narrow, segments=kernels, threads=threads, progress=progress)
+
+    return _in_place(model, plan, Workbench, collect)
+
+
+def sketch_plan(model: Model, plan: Plan) -> Fitted:
+    """A plan's fitted segments with arbitrary weights: what can be timed without data.
+
+    Raises:
+        PlanError: segments that cannot be fitted; all of them.
+    """
+    return _in_place(model, plan, Sketch)
+
+
+def _in_place(
+    model: Model,
+    plan: Plan,
+    make: Callable[[Model], Workbench],
+    collect: Callable[[Workbench, State], None] | None = None,
+) -> Fitted:
     from graphfold.optimizer import optimize_model
 
-    check_digest(model, plan, allow_other_model)
-    folded = optimize_model(model, None, verify=False).folded
-    bench = Workbench(folded)
+    bench = make(optimize_model(model, None, verify=False).folded)
     copy = model.clone()
     graph = Graph(copy)
     state = _state(bench, graph, plan)
-    narrow = [key for key, each in state.items() if each.family == "narrow"]
-    kernels = {key: each.kernel or () for key, each in state.items() if each.family != "narrow"}
-    bench.collect(feeds, inner=narrow, segments=kernels, threads=threads, progress=progress)
+    if collect is not None:
+        collect(bench, state)
     bench.apply(graph, state)
     fits = tuple(
         SegmentFit(*key, str(each), bench.errors[key, each]) for key, each in state.items()
@@ -116,6 +140,10 @@ def _convolution(bench: Workbench, path: str, key: Key, segment: Segment) -> Rep
     kernel = (1,) * rank if family == "pointwise" else tuple(segment.kernel or ())
     if len(kernel) != rank:
         return Problem(f"{path}.kernel", f"is required: {rank} sizes")
+    if not place.takes(kernel):
+        size = "x".join(map(str, kernel))
+        what = f"a kernel of {size} does not turn {_sizes(place.sizes[0])} into "
+        return Problem(f"{path}.kernel", what + _sizes(place.sizes[1]), "a larger one does")
     if family == "depthwise" and place.channels[0] != place.channels[1]:
         what = f"{place.channels[0]} channels become {place.channels[1]}: not depthwise"
         return Problem(f"{path}.family", what)
@@ -124,10 +152,16 @@ def _convolution(bench: Workbench, path: str, key: Key, segment: Segment) -> Rep
     return Replacement(family, kernel=kernel, rank=segment.rank)
 
 
+def _sizes(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
+
+
 def _nearest_key(key: Key, known: Sequence[Key]) -> str | None:
-    ends = [each for each in known if each[1] == key[1]] or [
-        each for each in known if each[0] == key[0]
-    ]
-    if ends:
-        return f"there is one from {ends[0][0]!r} to {ends[0][1]!r}"
+    """The place with one of these ends whose other end is named most alike."""
+    for end, other in ((1, 0), (0, 1)):
+        ends = [each for each in known if each[end] == key[end]]
+        if ends:
+            (close,) = difflib.get_close_matches(key[other], [e[other] for e in ends], 1, 0.0)
+            source, target = next(each for each in ends if each[other] == close)
+            return f"there is one from {source!r} to {target!r}"
     return nearest(key[1], [each[1] for each in known])

@@ -111,7 +111,7 @@ def _lock(file: BinaryIO, path: Path) -> None:
     except BlockingIOError:
         file.close()
         raise UsageError(
-            "another profile is writing it", where=str(path), hint="wait for it, or stop it"
+            "another run is writing it", where=str(path), hint="wait for it, or stop it"
         ) from None
 
 
@@ -122,7 +122,7 @@ def _documents(text: bytes, path: Path) -> Iterator[dict[str, Any]]:
         except ValueError:
             document = None
         if not isinstance(document, dict):
-            raise UsageError("is no journal of a profile", where=str(path), hint="delete it")
+            raise UsageError("is no journal of measurements", where=str(path), hint="delete it")
         yield document
 
 

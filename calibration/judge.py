@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -85,7 +86,7 @@ class Judge:
     @property
     def is_classifier(self) -> bool:
         """Whether any output tells classes apart."""
-        return any(kind != "values" for kind in self.kinds.values())
+        return self.classes is not None
 
     @property
     def outputs(self) -> list[str]:
@@ -113,25 +114,84 @@ class Judge:
 
     def verdict(self, results: Sequence[Mapping[str, NDArray[Any]]]) -> Verdict:
         """Everything there is to say about another network's answers to all feeds."""
-        damage = np.concatenate([self.damages(number, each) for number, each in enumerate(results)])
-        largest = max(_largest_error(self.originals, results, name) for name in self.kinds)
-        if not self.is_classifier:
-            psnr = min(_psnr(self.originals, results, name) for name in self.kinds)
-            return Verdict(float(damage.mean()), None, psnr=psnr, max_error=largest)
-        name = next(name for name, kind in self.kinds.items() if kind != "values")
-        wanted = np.concatenate([each[name].argmax(axis=1) for each in self.originals])
-        given = np.concatenate([each[name].argmax(axis=1) for each in results])
+        tally = Tally(self)
+        for each in results:
+            tally.add(each)
+        return tally.verdict()
+
+    @cached_property
+    def classes(self) -> str | None:
+        """The output that tells classes apart."""
+        return next((name for name, kind in self.kinds.items() if kind != "values"), None)
+
+    @cached_property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Smallest and largest value of every output."""
+        return {
+            name: (
+                min(float(each[name].min(initial=np.inf)) for each in self.originals),
+                max(float(each[name].max(initial=-np.inf)) for each in self.originals),
+            )
+            for name in self.kinds
+        }
+
+
+class Tally:
+    """Answers of another network, counted feed by feed: no output is kept.
+
+    Args:
+        judge: knows the original's.
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self._damages: list[NDArray[np.float64]] = []
+        self._given: list[NDArray[np.intp]] = []
+        self._errors: dict[str, list[tuple[float, float]]] = {name: [] for name in judge.kinds}
+
+    def add(self, results: Mapping[str, NDArray[Any]]) -> None:
+        """The answers to the next feed."""
+        judge, number = self._judge, len(self._damages)
+        self._damages.append(judge.damages(number, results))
+        if judge.classes is not None:
+            self._given.append(results[judge.classes].argmax(axis=1))
+        for name, found in self._errors.items():
+            error = np.asarray(results[name], np.float64) - judge.originals[number][name]
+            found.append((float(np.abs(error).max(initial=0.0)), float((error**2).mean())))
+
+    @property
+    def damage(self) -> float:
+        """Mean over all samples."""
+        return float(np.concatenate(self._damages).mean())
+
+    def verdict(self) -> Verdict:
+        """Everything there is to say, once all feeds were answered."""
+        judge = self._judge
+        largest = max(self._largest_error(name) for name in judge.kinds)
+        if judge.classes is None:
+            psnr = min(self._psnr(name) for name in judge.kinds)
+            return Verdict(self.damage, None, psnr=psnr, max_error=largest)
+        wanted = np.concatenate([each[judge.classes].argmax(axis=1) for each in judge.originals])
+        given = np.concatenate(self._given)
         right = wanted == given
         accuracy = None
-        if self.labels is not None:
-            accuracy = float((given == self.labels[: len(given)]).mean())
+        if judge.labels is not None:
+            accuracy = float((given == judge.labels[: len(given)]).mean())
         return Verdict(
-            float(damage.mean()),
-            float(right.mean()),
-            _worst(wanted, right),
-            accuracy,
-            max_error=largest,
+            self.damage, float(right.mean()), _worst(wanted, right), accuracy, max_error=largest
         )
+
+    def _largest_error(self, name: str) -> float:
+        scale = max(map(abs, self._judge.ranges[name]))
+        error = max(largest for largest, _ in self._errors[name])
+        return error / scale if scale > 0 else error
+
+    def _psnr(self, name: str) -> float:
+        low, high = self._judge.ranges[name]
+        error = float(np.mean([square for _, square in self._errors[name]]))
+        if error == 0:
+            return float("inf")
+        return 10 * float(np.log10(max(high - low, _SMALLEST) ** 2 / error))
 
 
 def _kind(outputs: Sequence[NDArray[Any]]) -> Kind:
@@ -160,38 +220,6 @@ def _variance(outputs: Sequence[NDArray[Any]]) -> float:
     )
     spread = float(total.var(axis=0).mean()) if len(total) > 1 else float(total.var())
     return max(spread, _SMALLEST)
-
-
-def _largest_error(
-    originals: Sequence[Mapping[str, NDArray[Any]]],
-    results: Sequence[Mapping[str, NDArray[Any]]],
-    name: str,
-) -> float:
-    scale = max(float(np.abs(each[name]).max(initial=0.0)) for each in originals)
-    error = max(
-        float(np.abs(np.asarray(b[name], np.float64) - a[name]).max(initial=0.0))
-        for a, b in zip(originals, results, strict=True)
-    )
-    return error / scale if scale > 0 else error
-
-
-def _psnr(
-    originals: Sequence[Mapping[str, NDArray[Any]]],
-    results: Sequence[Mapping[str, NDArray[Any]]],
-    name: str,
-) -> float:
-    low = min(float(each[name].min()) for each in originals)
-    high = max(float(each[name].max()) for each in originals)
-    squares = [
-        float(((np.asarray(b[name], np.float64) - a[name]) ** 2).mean())
-        for a, b in zip(originals, results, strict=True)
-    ]
-    error = float(np.mean(squares))
-    return (
-        float("inf")
-        if error == 0
-        else 10 * float(np.log10(max(high - low, _SMALLEST) ** 2 / error))
-    )
 
 
 def _worst(wanted: NDArray[np.intp], right: NDArray[np.bool_]) -> float | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ SHARES = (1.0, 0.75, 0.5, 0.25)
 # Runs of the networks alternate in rounds, so that what disturbs one disturbs all.
 _ROUNDS = 10
 _RUNS = 6
+_TOKEN = re.compile(r"_token_\d+$")
 _SUFFIXES = ("_nchwc", "_quant", "_QuantizeLinear", "_DequantizeLinear")
 
 Convert = Callable[[onnx.ModelProto], onnx.ModelProto]
@@ -240,7 +242,11 @@ def _attributed(
 
 
 def _node_of(name: str, names: Mapping[str, ir.Node]) -> ir.Node | None:
+    # What the runtime changes the layout of, as it does with quantized convolutions, is renamed.
     known = names.get(name)
+    if known is None:
+        name = _TOKEN.sub("", name)
+        known = names.get(name)
     while known is None:
         shorter = next((name.removesuffix(end) for end in _SUFFIXES if name.endswith(end)), None)
         if shorter is None:

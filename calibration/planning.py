@@ -22,7 +22,7 @@ from graphfold.measures import ImportanceTable, LatencyTable, read_importance, r
 from graphfold.methods import Method, Pieces
 from graphfold.model import digest
 from graphfold.plan import ModelReference, Plan
-from graphfold.planner import Planning, Point, prepare, spread_over
+from graphfold.planner import Planning, Point, is_measured, prepare, spread_over
 from graphfold.plot import Series, scatter
 from graphfold.shared_choices import shared_choices
 from graphfold.solver import Solution
@@ -190,10 +190,12 @@ def make_plan(
     _check_arguments(importance, speedup, budget, frontier, method, boundary)
     report = progress or _no_progress
     warnings: list[str] = []
+    worth = _importance(importance)
     if latency is None:
         from graphfold.calibration.profile import profile_model
 
-        profiled = profile_model(model, input_shapes=input_shapes, progress=report)
+        fitted = isinstance(worth, ImportanceTable) and is_measured(worth)
+        profiled = profile_model(model, input_shapes=input_shapes, fitted=fitted, progress=report)
         latencies, here = profiled.table, True
         warnings += profiled.warnings
     else:
@@ -202,7 +204,6 @@ def make_plan(
     # Without sizes given, those that the latencies were measured at.
     shapes = input_shapes or latencies.header.inputs
     report("solving", 0, 0)
-    worth = _importance(importance)
     if isinstance(worth, ImportanceTable):
         latencies, worth, left_out = shared_choices(latencies, worth)
         warnings += [left_out] if left_out else []
@@ -389,6 +390,9 @@ class _Chooser:
         from graphfold.reference import build_reference
         from graphfold.rewrite import select_passes
 
+        if plan.is_fitted:
+            # A table of measured damages has no merges; what was measured could be put in place.
+            return set()
         try:
             build_reference(self.model, plan, select_passes())
         except PlanError as error:
@@ -403,10 +407,11 @@ class _Chooser:
 
         The steadiest of several measurements, where the first spreads too much to decide anything.
         """
+        from graphfold.calibration.fitting import sketch_plan
         from graphfold.optimizer import optimize_model
 
         header = self.latencies.header
-        folded = optimize_model(self.model, plan, verify=False).folded
+        folded = optimize_model(self.model, plan, fit=sketch_plan, verify=False).folded
         batch = header.batch or 1
         models = as_timed([self.model, folded], header.dtype or "float32", self.input_shapes, batch)
         best: ModelLatency | None = None

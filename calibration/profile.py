@@ -11,15 +11,18 @@ ratios become milliseconds, and `rest` is what the steps' latencies lack to the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphfold import __version__
+from graphfold.calibration.families import Alternatives
+from graphfold.calibration.fitted_rows import narrow_rows, sketch
 from graphfold.calibration.journal import Journal
 from graphfold.calibration.latency import LARGEST_SPREAD
 from graphfold.calibration.measuring import Measuring, Progress, is_unsteady
+from graphfold.calibration.sketch import Sketch
 from graphfold.calibration.snippets import Snippet, Snippets, amounts, is_hopeless
 from graphfold.calibration.timing import DeviceTimer, Sample, Settings, Timer
 from graphfold.calibration.wholes import find_fastest, fold_fastest, scale_of
@@ -31,7 +34,7 @@ from graphfold.errors import UsageError
 from graphfold.graph import Graph
 from graphfold.measures import LatencyHeader, LatencyRow, LatencyTable, Row, write_table
 from graphfold.model import digest
-from graphfold.plan import ModelReference
+from graphfold.plan import Family, ModelReference
 from graphfold.sizes import resolved_shapes
 from graphfold.tables import Table, make_table
 
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "int8")
 _LARGEST_CORRECTION = 0.25
+_CONVOLUTIONS: tuple[Family, ...] = ("pointwise", "dense", "depthwise", "low_rank")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,11 @@ class Profile:
         return sum(is_drop(row) for row in self.table.rows)
 
     @property
+    def fits(self) -> int:
+        """Number of the rows of what only fitted weights allow."""
+        return sum(row.is_fitted for row in self.table.rows)
+
+    @property
     def additions(self) -> int:
         """Number of the rows of an activation where the network has none."""
         return sum(row.input == row.output for row in self.table.rows)
@@ -87,6 +96,7 @@ class Profile:
             "unchanged": self.steps,
             "drops": self.drops,
             "additions": self.additions,
+            "fits": self.fits,
             "distinct": self.distinct,
             "continued": self.continued,
             "left_out": self.left_out,
@@ -96,7 +106,8 @@ class Profile:
 
     def tables(self) -> list[Table]:
         """What was measured, in figures for people."""
-        changed = len(self.table.rows) - self.steps - self.drops - self.additions
+        others = self.steps + self.drops + self.additions + self.fits
+        changed = len(self.table.rows) - others
         rows = [
             ("whole network", f"{self.whole:.3f} ms"),
             ("of that, steps that a plan may change", f"{self.whole - self.table.rest:.3f} ms"),
@@ -104,6 +115,7 @@ class Profile:
             ("rows of replacements", str(changed)),
             ("rows of segments that may be dropped", str(self.drops)),
             ("rows of activations that may be added", str(self.additions)),
+            ("rows of what only fitted weights allow", str(self.fits)),
             ("replacements left out, too large to pay", str(self.left_out)),
             ("different operators measured", str(self.distinct)),
         ]
@@ -158,6 +170,7 @@ def profile_model(
     dtype: str = "float32",
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     time_budget: float | None = None,
+    fitted: bool = False,
     progress: Progress | None = None,
     make_timer: Callable[[Model, Settings], Timer] = DeviceTimer,
 ) -> Profile:
@@ -174,6 +187,8 @@ def profile_model(
         input_shapes: sizes of inputs that the model leaves open, by name ("" for the only one).
         time_budget: seconds that measuring operators may take; None for as many rounds as are
             useful.
+        fitted: also measure what only fitted weights allow: fewer inner channels, depthwise
+            convolutions and maps of low rank in a segment's place.
         progress: called with (stage, done, total).
         make_timer: what measures.
 
@@ -198,7 +213,8 @@ def profile_model(
         resolved_shapes(graph, timer.input_shapes),
         amounts(graph, cuts.steps, timer.input_shapes),
     )
-    entries = _entries(candidates, cuts, snippets)
+    bench = sketch(model) if fitted else None
+    entries = _entries(candidates, cuts, snippets, bench)
     header = _header(model, settings, timer)
     distinct = _distinct(entries.every)
     path = None if output is None else output.with_name(f"{output.name}.partial")
@@ -207,6 +223,12 @@ def profile_model(
         Measuring(timer, journal, distinct, snippets.opsets, time_budget, report).run()
         report("measuring a folded network", 0, 0)
         found = _assemble(model, header, entries, cuts, timer, journal)
+        if bench is not None:
+            rows = narrow_rows(
+                bench, found.table, cuts, timer.input_shapes, settings, journal, report
+            )
+            table = found.table.model_copy(update={"rows": (*found.table.rows, *rows)})
+            found = replace(found, table=table)
         if output is not None:
             write_table(found.table, output)
         journal.remove()
@@ -226,7 +248,9 @@ def _no_progress(stage: str, done: int, total: int) -> None:
 # What there is to measure ---------------------------------------------------------------------
 
 
-def _entries(candidates: Candidates, cuts: CutLayout, snippets: Snippets) -> _Entries:
+def _entries(
+    candidates: Candidates, cuts: CutLayout, snippets: Snippets, bench: Sketch | None
+) -> _Entries:
     unchanged = [snippets.unchanged(step) for step in cuts.steps]
     holder = {node: number for number, step in enumerate(cuts.steps) for node in step.nodes}
     choices: list[_Entry] = []
@@ -247,8 +271,16 @@ def _entries(candidates: Candidates, cuts: CutLayout, snippets: Snippets) -> _En
     steps = [
         _Entry(step.row(), snippet) for step, snippet in zip(cuts.steps, unchanged, strict=True)
     ]
-    others = (*_drops(candidates, snippets), *_additions(candidates, snippets))
-    return _Entries(tuple(steps), tuple(choices), others, left_out)
+    others = [*_drops(candidates, snippets), *_additions(candidates, snippets)]
+    if bench is not None:
+        known = {entry.row for entry in choices}
+        listed = Alternatives(candidates, cuts, bench, snippets, unchanged)
+        others += [
+            _Entry(each.row, each.snippet)
+            for each in listed.found(_CONVOLUTIONS)
+            if each.row.model_copy(update={"weights": None}) not in known
+        ]
+    return _Entries(tuple(steps), tuple(choices), tuple(others), left_out)
 
 
 def _drops(candidates: Candidates, snippets: Snippets) -> Iterator[_Entry]:

@@ -37,44 +37,53 @@ class Moments:
         targets: their number; 0 where only the features' own moments are wanted.
 
     Attributes:
-        gram: [features + 1, features + 1].
         cross: [features + 1, targets].
         power: [targets], sums of squares of the targets.
         count: rows summed.
     """
 
     def __init__(self, features: int, targets: int = 0) -> None:
-        self.gram: Matrix = np.zeros((features + 1, features + 1))
+        # The upper triangle is summed in place, in the order of columns that BLAS wants.
+        self._gram: Matrix = np.zeros((features + 1, features + 1), order="F")
+        self._is_whole = True
         self.cross: Matrix = np.zeros((features + 1, targets))
         self.power: Matrix = np.zeros(targets)
         self.count = 0
 
     def add(self, x: NDArray[np.floating], y: NDArray[np.floating] | None = None) -> None:
         """Add rows: x [rows, features], y [rows, targets]."""
-        rows = np.empty((len(x), len(self.gram)))
+        rows = np.empty((len(x), len(self._gram)))
         rows[:, :-1] = x
         rows[:, -1] = 1.0
         # Half the work of a product: the Gram matrix is symmetric.
-        self.gram += _symmetric_product(rows)
+        self._gram = scipy.linalg.blas.dsyrk(
+            1.0, rows.T, beta=1.0, c=self._gram, overwrite_c=True, trans=0, lower=0
+        )
+        self._is_whole = False
         if y is not None:
             targets = np.asarray(y, np.float64)
             self.cross += rows.T @ targets
             self.power += np.einsum("rt,rt->t", targets, targets)
         self.count += len(x)
 
+    @property
+    def gram(self) -> Matrix:
+        """Of the features, the constant last."""
+        if not self._is_whole:
+            upper = np.triu(self._gram)
+            self._gram = np.asfortranarray(upper + np.triu(upper, 1).T)
+            self._is_whole = True
+        return self._gram
+
     def part(self, features: NDArray[np.intp]) -> Moments:
-        """The moments of some of the features, the constant kept."""
-        chosen = np.append(features, len(self.gram) - 1)
+        """The moments of some of the features, ascending, the constant kept."""
+        if len(features) == len(self._gram) - 1:
+            return self
+        chosen = np.append(features, len(self._gram) - 1)
         found = Moments(0, 0)
-        found.gram = self.gram[np.ix_(chosen, chosen)]
+        found._gram = self.gram[np.ix_(chosen, chosen)]
         found.cross, found.power, found.count = self.cross[chosen], self.power, self.count
         return found
-
-
-def _symmetric_product(rows: Matrix) -> Matrix:
-    upper: Matrix = scipy.linalg.blas.dsyrk(1.0, rows.T, trans=0, lower=0)
-    product: Matrix = upper + np.triu(upper, 1).T
-    return product
 
 
 @dataclass(frozen=True)
@@ -174,14 +183,19 @@ def fit_groups(moments: Moments, groups: int, ridge: float) -> Fit:
     return Fit(weight.copy(), solutions[:, -1].reshape(-1).copy(), error)
 
 
-def fit_low_rank(moments: Moments, rank: int, ridge: float) -> tuple[Matrix, Fit]:
+def fit_low_rank(moments: Moments, rank: int, linear: Fit) -> tuple[Matrix, Fit]:
     """Reduced-rank regression: the best map through `rank` numbers.
+
+    Args:
+        moments: of features and targets.
+        rank: of the map.
+        linear: the fit of full rank (`fit_linear`).
 
     Returns:
         the map from those numbers to the targets [targets, rank], and the fit of the first map:
         weight [rank, features], a zero bias replaced by one of the targets' size in `Fit.bias`.
     """
-    full = ridge_solve(moments.gram, moments.cross, ridge)
+    full = np.vstack([linear.weight.T, linear.bias])
     mean = moments.cross[-1] / max(1, moments.count)
     # Of what is predicted, around the mean: only that has to go through the narrow place.
     predicted = full.T @ moments.gram @ full - moments.count * np.outer(mean, mean)

@@ -29,6 +29,7 @@ from graphfold.drops import Drop
 from graphfold.errors import UsageError
 from graphfold.graph import Graph, TensorShape
 from graphfold.linear import variable_inputs
+from graphfold.plan import Family
 from graphfold.runtime import Runnable, Session
 from graphfold.sites import ActivationSite, Sites
 from graphfold.specs import Filling, random_inputs
@@ -218,8 +219,18 @@ class Snippets:
 
     def chosen(self, candidate: Candidate, choice: Choice) -> Snippet:
         """The convolution that a segment becomes, and the activation that stays behind it."""
+        return self.fitted(candidate, choice.family, choice.kernel, None)
+
+    def fitted(
+        self, candidate: Candidate, family: Family, kernel: Shape, rank: int | None
+    ) -> Snippet:
+        """A convolution of any family in a segment's place; two of them for a low rank."""
         site = self._after.get(candidate.output)
-        conv = self._conv(candidate, choice)
+        stride = candidate.choices[0].stride
+        if rank is None:
+            conv = self._conv(candidate, family, kernel, stride)
+        else:
+            conv = self._two_convs(candidate, kernel, stride, rank)
         if site is None or not self._is_alone(site):
             return conv
         rest = self._snippet((site.input,), site.nodes, site.output, fold=False)
@@ -249,15 +260,38 @@ class Snippets:
         """Whether nothing but an activation reads what it reads."""
         return {usage.node for usage in site.input.uses()} <= set(site.nodes)
 
-    def _conv(self, candidate: Candidate, choice: Choice) -> Snippet:
+    def _two_convs(self, candidate: Candidate, kernel: Shape, stride: Shape, rank: int) -> Snippet:
+        """A convolution to a few channels, and a pointwise one from them."""
+        whole = self._conv(candidate, "dense", kernel, stride)
+        (source,), target = whole.inputs, whole.output
+        narrow = Tensor("w", source.dtype, (rank, source.shape[1], *kernel))
+        wide = Tensor("v", source.dtype, (target.shape[1], rank, *((1,) * len(kernel))))
+        first = onnx.NodeProto()
+        first.CopyFrom(whole.nodes[0])
+        del first.input[2:]
+        first.output[0] = "few"
+        second = helper.make_node(
+            "Conv",
+            ["few", "v", "b"],
+            [target.name],
+            dilations=[1] * len(kernel),
+            group=1,
+            kernel_shape=[1] * len(kernel),
+            pads=[0] * (2 * len(kernel)),
+            strides=[1] * len(kernel),
+        )
+        bias = whole.weights[1]
+        return replace(whole, nodes=(first, second), weights=(narrow, wide, bias))
+
+    def _conv(self, candidate: Candidate, family: Family, kernel: Shape, strides: Shape) -> Snippet:
         source, target = self.tensor(candidate.input), self.tensor(candidate.output)
         channels = source.shape[1]
-        group = channels if choice.family == "depthwise" else 1
-        weight = Tensor("w", source.dtype, (target.shape[1], channels // group, *choice.kernel))
+        group = channels if family == "depthwise" else 1
+        weight = Tensor("w", source.dtype, (target.shape[1], channels // group, *kernel))
         bias = Tensor("b", source.dtype, (target.shape[1],))
         begins, ends = [], []
         for size, result, taps, stride in zip(
-            source.shape[2:], target.shape[2:], choice.kernel, choice.stride, strict=True
+            source.shape[2:], target.shape[2:], kernel, strides, strict=True
         ):
             padding = max(0, (result - 1) * stride + taps - size)
             begins.append(padding // 2)
@@ -266,11 +300,11 @@ class Snippets:
             "Conv",
             [source.name, "w", "b"],
             [target.name],
-            dilations=[1] * len(choice.kernel),
+            dilations=[1] * len(kernel),
             group=group,
-            kernel_shape=choice.kernel,
+            kernel_shape=kernel,
             pads=begins + ends,
-            strides=choice.stride,
+            strides=strides,
         )
         return Snippet(
             (node,),

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,14 +35,15 @@ from graphfold.calibration.channels import (
     weight_matrix,
 )
 from graphfold.calibration.narrow import Narrowing, narrow, weights_for
+from graphfold.calibration.places import Segment, find_places, fixed_sizes
 from graphfold.calibration.regression import (
+    Fit,
     Matrix,
     Moments,
     fit_groups,
     fit_linear,
     fit_low_rank,
 )
-from graphfold.candidates import Candidate, find_candidates
 from graphfold.errors import DataError
 from graphfold.graph import Graph
 from graphfold.model import to_proto
@@ -59,8 +61,7 @@ RIDGE = 1e-3
 # Rows per feature beyond which more positions do not help.
 _ROWS_PER_FEATURE = 16
 _MEMORY = 2 << 30
-_LARGEST_FEATURES = 5000
-_SEED = 0
+LARGEST_FEATURES = 5000
 
 
 @dataclass(frozen=True)
@@ -92,41 +93,6 @@ class Replacement:
 State = Mapping[Key, Replacement]
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A part of the network with one tensor in and one out, that one convolution may replace.
-
-    Attributes:
-        input, output: its ends.
-        nodes: inside.
-        stride: of input over output, per axis; empty for tensors without spatial axes.
-        same: whether both ends have the same shape.
-    """
-
-    input: ir.Value
-    output: ir.Value
-    nodes: tuple[ir.Node, ...] = field(repr=False)
-    stride: tuple[int, ...]
-    channels: tuple[int, int]
-    sizes: tuple[tuple[int, ...], tuple[int, ...]]
-    same: bool
-
-    @property
-    def key(self) -> Key:
-        """Its ends, as plans name them."""
-        return self.input.name or "", self.output.name or ""
-
-    def window(self, kernel: Sequence[int]) -> Window:
-        """Where a convolution of this kernel reads, centred as padding SAME is."""
-        begins, ends = [], []
-        for size, result, taps, stride in zip(*self.sizes, kernel, self.stride, strict=True):
-            total = max(0, (result - 1) * stride + taps - size)
-            begins.append(total // 2)
-            ends.append(total - total // 2)
-        ones = (1,) * len(self.stride)
-        return Window(tuple(kernel), self.stride, ones, tuple(begins), tuple(ends))
-
-
 class Workbench:
     """A network, its places, and what was fitted for them.
 
@@ -145,11 +111,16 @@ class Workbench:
         self.graph = Graph(model)
         self._named = named or (lambda _: True)
         self.inner = {each.key: each for each in find_inner(self.graph) if self._named(each.key)}
-        self.segments = {each.key: each for each in _segments(self.graph) if self._named(each.key)}
+        self.segments = {
+            each.key: each for each in find_places(self.graph) if self._named(each.key)
+        }
+        # A segment and the channels inside it may have the same ends.
         self._moments: dict[Key, Moments] = {}
+        self._segment_moments: dict[Key, Moments] = {}
         self._largest: dict[Key, tuple[int, ...]] = {}
         self._narrowings: dict[Key, Narrowing] = {}
         self._fits: dict[tuple[Key, Replacement], tuple[NDArray[np.float32], ...]] = {}
+        self._last: tuple[Key, tuple[int, ...], Moments, Callable[[], Fit]] | None = None
         self.errors: dict[tuple[Key, Replacement], float] = {}
 
     # Moments ------------------------------------------------------------------------------
@@ -183,22 +154,28 @@ class Workbench:
         jobs = [
             self._inner_job(self.inner[key]) for key in (self.inner if inner is None else inner)
         ]
+        self._largest.update(segments or {})
         jobs += [self._segment_job(self.segments[key], k) for key, k in (segments or {}).items()]
-        jobs = [job for job in jobs if job.features <= _LARGEST_FEATURES]
+        jobs = [job for job in jobs if job.features <= LARGEST_FEATURES]
         parts = list(_parts(jobs, memory // 2))
         for number, part in enumerate(parts):
             stage = "gathering moments" + (f" {number + 1}/{len(parts)}" if len(parts) > 1 else "")
             self._collect(part, feeds, threads, stage, progress)
 
+    def bytes_of(self, key: Key, kernel: tuple[int, ...] | None) -> int:
+        """Of a place's moments: a segment's with a kernel, inner channels' without."""
+        if kernel is None:
+            return self._inner_job(self.inner[key]).bytes
+        return self._segment_job(self.segments[key], kernel).bytes
+
     def _inner_job(self, place: Inner) -> _Job:
         shape = self.graph.shape(place.read) or ()
         weight = weight_matrix(self.graph, place.consumer)
-        window = window_of(self.graph, place.consumer, _fixed(shape[2:]))
+        window = window_of(self.graph, place.consumer, fixed_sizes(shape[2:]))
         return _Job(place.key, place.read.name or "", window, weight.shape[1])
 
     def _segment_job(self, place: Segment, kernel: tuple[int, ...]) -> _Job:
         window = place.window(kernel)
-        self._largest[place.key] = kernel
         features = place.channels[0] * max(1, window.taps)
         target = place.output.name or ""
         return _Job(place.key, place.input.name or "", window, features, target, place.channels[1])
@@ -211,17 +188,19 @@ class Workbench:
         stage: str,
         progress: Progress | None,
     ) -> None:
-        rng = np.random.default_rng(_SEED)
         moments = [Moments(job.features, job.targets) for job in jobs]
         names = list(dict.fromkeys(name for job in jobs for name in (job.read, job.target) if name))
         samples = sum(len(next(iter(feed.values()))) for feed in feeds)
+        first = 0
         for number, tensors in enumerate(captured(self.model, names, feeds, threads=threads)):
             if progress is not None:
                 progress(stage, number, len(feeds))
             for job, own in zip(jobs, moments, strict=True):
-                job.add_to(own, tensors, samples, rng)
+                job.add_to(own, tensors, samples, first)
+            first += len(next(iter(feeds[number].values())))
+        self._last = None
         for job, own in zip(jobs, moments, strict=True):
-            self._moments[job.key] = own
+            (self._segment_moments if job.target else self._moments)[job.key] = own
 
     # Fits ---------------------------------------------------------------------------------
 
@@ -242,9 +221,29 @@ class Workbench:
                 progress("ordering channels", number, len(keys))
             self.narrowing(key)
 
+    def forget(self) -> None:
+        """Drop everything that was fitted."""
+        self._last = None
+        self._moments.clear()
+        self._segment_moments.clear()
+        self._narrowings.clear()
+        self._fits.clear()
+        self.errors.clear()
+
     def has_moments(self, key: Key) -> bool:
-        """Whether anything can be fitted for a place."""
+        """Whether inner channels can go, with a fit of what reads them."""
         return key in self._moments
+
+    def can_fit(self, key: Key, replacement: Replacement) -> bool:
+        """Whether what is needed for a replacement was gathered."""
+        if replacement.family == "identity":
+            return True
+        known = self._moments if replacement.family == "narrow" else self._segment_moments
+        return key in known
+
+    def narrow_error(self, key: Key, width: int) -> float:
+        """Share of the result's variance that is lost at a width."""
+        return self.narrowing(key).error(width)
 
     def narrowed(
         self, key: Key, width: int, weight: Matrix, bias: Matrix
@@ -270,7 +269,7 @@ class Workbench:
             bias = bias_vector(self.graph, place.consumer, len(weight))
             kept, *arrays = self.narrowed(key, width, weight, bias)
             found = (kept.astype(np.float32), *(each.astype(np.float32) for each in arrays))
-            self.errors[key, replacement] = self.narrowing(key).error(width)
+            self.errors[key, replacement] = self.narrow_error(key, width)
         else:
             arrays, error = self.convolution(key, replacement)
             found = tuple(each.astype(np.float32) for each in arrays)
@@ -287,18 +286,26 @@ class Workbench:
         """
         place = self.segments[key]
         kernel = replacement.kernel or ()
-        moments = self._moments[key].part(_sub_taps(place.channels[0], self._largest[key], kernel))
+        moments, linear = self._linear(key, kernel)
         shape = (place.channels[1], -1, *kernel)
         if replacement.family == "low_rank":
-            second, fit = fit_low_rank(moments, replacement.rank or 1, RIDGE)
+            second, fit = fit_low_rank(moments, replacement.rank or 1, linear())
             ones = (1,) * len(kernel)
             first = fit.weight.reshape(len(fit.weight), -1, *kernel)
             return [first, second.reshape(*second.shape, *ones), fit.bias], fit.error
         if replacement.family == "depthwise":
             fit = fit_groups(moments, place.channels[0], RIDGE)
         else:
-            fit = fit_linear(moments, RIDGE)
+            fit = linear()
         return [fit.weight.reshape(shape), fit.bias], fit.error
+
+    def _linear(self, key: Key, kernel: tuple[int, ...]) -> tuple[Moments, Callable[[], Fit]]:
+        """A kernel's moments, and its fit of full rank, which those of low rank begin with."""
+        if self._last is None or self._last[:2] != (key, kernel):
+            taps = _sub_taps(self.segments[key], self._largest[key], kernel)
+            moments = self._segment_moments[key].part(taps)
+            self._last = (key, kernel, moments, cache(lambda: fit_linear(moments, RIDGE)))
+        return self._last[2:]
 
     # Networks -----------------------------------------------------------------------------
 
@@ -343,10 +350,15 @@ class Workbench:
             return kept.astype(np.intp), weight.astype(np.float64), bias.astype(np.float64)
         matrix = weight_matrix(graph, place.consumer)
         vector = bias_vector(graph, place.consumer, len(matrix))
-        self.errors[place.key, replacement] = self.narrowing(place.key).error(
-            replacement.width or 0
-        )
-        return self.narrowed(place.key, replacement.width or 0, matrix, vector)
+        width = replacement.width or 0
+        self.errors[place.key, replacement] = self.narrow_error(place.key, width)
+        return self.narrowed(place.key, width, matrix, vector)
+
+
+def names_of(model: Model) -> Callable[[Key], bool]:
+    """Whether a model has both tensors of a key: plans name its own, not those of folding."""
+    known = Graph(model).values()
+    return lambda key: key[0] in known and key[1] in known
 
 
 def replace_segment(
@@ -433,8 +445,9 @@ class _Job:
         moments: Moments,
         tensors: Mapping[str, NDArray[Any]],
         samples: int,
-        rng: np.random.Generator,
+        first: int,
     ) -> None:
+        """Add the rows of a batch, whose first image is the `first` of all `samples`."""
         x = tensors[self.read]
         y = tensors.get(self.target) if self.target else None
         window = self.window
@@ -451,7 +464,7 @@ class _Job:
             )
         ]
         enough = -(-_ROWS_PER_FEATURE * self.features // samples)
-        places = choose_places(len(x), sizes, max(8, min(PER_IMAGE, enough)), rng)
+        places = choose_places(len(x), sizes, max(8, min(PER_IMAGE, enough)), first)
         targets = None
         if y is not None:
             index = (places[:, 0], slice(None), *places[:, 1:].T)
@@ -472,43 +485,12 @@ def _parts(jobs: Sequence[_Job], limit: int) -> Iterator[list[_Job]]:
         yield part
 
 
-def _fixed(sizes: Sequence[Any]) -> list[int]:
-    return [size if isinstance(size, int) else 0 for size in sizes]
-
-
-def _sub_taps(channels: int, largest: Sequence[int], kernel: Sequence[int]) -> NDArray[np.intp]:
-    """Which features a smaller kernel, centred in the largest, has."""
+def _sub_taps(place: Segment, largest: Sequence[int], kernel: Sequence[int]) -> NDArray[np.intp]:
+    """Which features of the largest kernel a smaller one has: those that it reads as well."""
+    channels = place.channels[0]
     index = np.arange(channels * math.prod(largest)).reshape(channels, *largest)
-    for axis, (large, small) in enumerate(zip(largest, kernel, strict=True)):
-        start = (large - small) // 2
+    outer, inner = place.window(largest).begins, place.window(kernel).begins
+    for axis, (begin, own, small) in enumerate(zip(outer, inner, kernel, strict=True)):
+        start = begin - own
         index = np.take(index, np.arange(start, start + small), axis=axis + 1)
     return index.ravel()
-
-
-def _segments(graph: Graph) -> Iterator[Segment]:
-    """Segments that something else may replace: with an activation inside, sizes fixed."""
-    for candidate in find_candidates(graph).found:
-        if candidate.activations or candidate.adds:
-            found = _segment(graph, candidate)
-            if found is not None:
-                yield found
-
-
-def _segment(graph: Graph, candidate: Candidate) -> Segment | None:
-    before, after = graph.shape(candidate.input), graph.shape(candidate.output)
-    if before is None or after is None or len(before) != len(after) or len(before) < 3:
-        return None
-    sizes = before[1:] + after[1:]
-    if not all(isinstance(size, int) for size in sizes):
-        return None
-    spatial = (tuple(before[2:]), tuple(after[2:]))
-    stride = candidate.choices[0].stride if candidate.choices else ()
-    return Segment(
-        candidate.input,
-        candidate.output,
-        candidate.nodes,
-        tuple(stride),
-        (int(before[1] or 0), int(after[1] or 0)),
-        spatial,  # type: ignore[arg-type]
-        before[1:] == after[1:],
-    )

@@ -75,6 +75,8 @@ def _segment(
     }
     if row.family is not None:
         segment["family"] = row.family
+    if row.is_fitted:
+        return segment | _fitted(row)
     if row.family != "identity":
         segment["boundary"] = boundary
         if row.kernel is not None:
@@ -84,6 +86,14 @@ def _segment(
     if _gains_activation(row, layout) and _states_activation(row, layout):
         segment["activation"] = _free(row, activation)
     return segment
+
+
+def _fitted(row: Row) -> dict[str, Any]:
+    found: dict[str, Any] = {"weights": "regress"}
+    if row.kernel is not None:
+        found["kernel"] = list(row.kernel)
+    sizes = {"width": row.width, "rank": row.rank}
+    return found | {name: size for name, size in sizes.items() if size is not None}
 
 
 def _gains_activation(row: Row, layout: Layout) -> bool:

@@ -16,12 +16,13 @@ from graphfold.options import (
     ModelArgument,
     PreprocessOption,
     QuietOption,
+    SamplesOption,
 )
 from graphfold.targets import Targets
 from graphfold.terminal import STDIO, check_output
 
 if TYPE_CHECKING:
-    from graphfold.calibration.auto import AutoResult
+    from graphfold.calibration.auto import AutoResult, Found
     from graphfold.terminal import Terminal
 
 _EXAMPLES = (
@@ -87,12 +88,7 @@ def _auto(
         str | None,
         typer.Option("--plot", metavar="F.svg", help="Draw the frontier.", show_default=False),
     ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--samples", metavar="N", min=1, help="Use the first N inputs.", show_default=False
-        ),
-    ] = None,
+    samples: SamplesOption = None,
     threads: Annotated[
         int,
         typer.Option("--threads", min=1, help="Intra-op threads that are timed."),
@@ -136,7 +132,7 @@ def _auto(
         loaded = load(arguments.source(model))
         found = graphfold.auto(
             loaded,
-            arguments.dataset(data, preprocess, loaded, terminal, limit),
+            arguments.dataset(data, preprocess, loaded, terminal, samples),
             speedup=speedup,
             min_agreement=min_agreement,
             dtype=dtype,
@@ -149,22 +145,28 @@ def _auto(
 
 
 def _write(
-    found: AutoResult, targets: Targets, plan_out: str | None, plot: str | None, terminal: Terminal
+    done: AutoResult, targets: Targets, plan_out: str | None, plot: str | None, terminal: Terminal
 ) -> None:
-    from graphfold.files import atomic_file
-
-    result = found.result
+    result = done.result
     targets.write(result.folded, result.reference, result.report, terminal)
-    written = [targets.written_name]
-    for name, content in ((plan_out, found.plan_text), (plot, found.picture)):
-        if name is not None:
-            with atomic_file(name) as file:
-                file.write(content().encode())
-            written.append(name)
+    written = [targets.written_name, *write_found(done.found, plan_out, plot)]
     terminal.close()
-    for text in found.warnings:
+    for text in (*done.found.warnings, *result.report.warnings):
         terminal.warn(text)
-    terminal.show(found.to_json, found.tables())
+    terminal.show(done.to_json, done.found.tables())
     for name in written:
         if name not in (None, STDIO):
             terminal.note(f"wrote {name}")
+
+
+def write_found(found: Found, plan: str | None, plot: str | None) -> list[str]:
+    """Write a search's plan and picture where names are given; what was written."""
+    from graphfold.files import atomic_file
+
+    written = []
+    for name, content in ((plan, found.plan_text), (plot, found.picture)):
+        if name is not None and (name is not plan or found.plan is not None):
+            with atomic_file(name) as file:
+                file.write(content().encode())
+            written.append(name)
+    return written

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from graphfold import arguments
 from graphfold.errors import UsageError
-from graphfold.options import DebugOption, JsonOption, ModelArgument, QuietOption, ShapeOption
+from graphfold.options import (
+    DataOption,
+    DebugOption,
+    JsonOption,
+    ModelArgument,
+    PreprocessOption,
+    QuietOption,
+    SamplesOption,
+    ShapeOption,
+)
 from graphfold.terminal import STDIO, check_output
+
+if TYPE_CHECKING:
+    from graphfold.calibration.auto import Dtype
+    from graphfold.terminal import Terminal
 
 _PROFILE_EXAMPLES = (
     "Interrupt it at any time: with the same arguments it continues from OUT.partial.\n\n"
@@ -21,6 +34,8 @@ _PLAN_EXAMPLES = (
     "Examples:\n\ngraphfold plan model.onnx --latency latency.json --importance macs "
     "--speedup 1.3 -o plan.json\n\n"
     "graphfold plan model.onnx --latency latency.json --importance macs --frontier\n\n"
+    "graphfold plan model.onnx --data photos/ --preprocess imagenet --min-agreement 0.95 "
+    "-o plan.json\n\n"
     "graphfold plan --schema > plan.schema.json"
 )
 
@@ -61,6 +76,14 @@ def _profile(
             show_default=False,
         ),
     ] = None,
+    fitted: Annotated[
+        bool,
+        typer.Option(
+            "--fitted",
+            help="Also measure what only weights fitted on data allow (graphfold score --data): "
+            "fewer inner channels, depthwise convolutions, maps of low rank.",
+        ),
+    ] = False,
     input_shape: ShapeOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -85,6 +108,7 @@ def _profile(
             batch=batch,
             dtype=dtype,
             time_budget=time_budget,
+            fitted=fitted,
             input_shapes=arguments.shapes(input_shape),
             progress=terminal.progress,
         )
@@ -138,6 +162,36 @@ def _plan(
         float | None,
         typer.Option(
             "--budget", metavar="MS", min=0.0, help="At most so long a run.", show_default=False
+        ),
+    ] = None,
+    data: DataOption = None,
+    preprocess: PreprocessOption = None,
+    samples: SamplesOption = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            "--min-agreement",
+            metavar="A",
+            help="With --data: the model's own class for a share A of held-back inputs.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            metavar="float32|int8|auto",
+            help="With --data: what the result computes in.",
+        ),
+    ] = "float32",
+    time_budget: Annotated[
+        float | None,
+        typer.Option(
+            "--time-budget",
+            metavar="MINUTES",
+            min=0.0,
+            help="With --data: the search ends after so long, in float and in INT8 each.",
+            show_default=False,
         ),
     ] = None,
     frontier: Annotated[
@@ -205,6 +259,24 @@ def _plan(
     for name, option in ((out, "--output"), (plot, "--plot")):
         if name is not None:
             check_output(Path(name), inputs=given, option=option)
+    if data is not None and importance is None:
+        if budget is not None or latency is not None:
+            raise UsageError("--data measures this device", hint="--speedup or --min-agreement")
+        with arguments.open_terminal(as_json, quiet) as terminal:
+            _plan_with_data(
+                terminal,
+                model,
+                (data, preprocess, samples),
+                (out, plot),
+                speedup=speedup,
+                min_agreement=min_agreement,
+                frontier=frontier or plot is not None,
+                dtype=cast("Dtype", dtype),
+                time_budget=None if time_budget is None else 60 * time_budget,
+            )
+        return
+    if min_agreement is not None:
+        raise UsageError("--min-agreement needs inputs to judge on", hint="give --data")
     with arguments.open_terminal(as_json, quiet) as terminal:
         import graphfold
         from graphfold.model import load
@@ -230,3 +302,41 @@ def _plan(
         terminal.show(found.to_json, found.tables())
         for name in written:
             terminal.note(f"wrote {name}")
+
+
+def _plan_with_data(
+    terminal: Terminal,
+    model: str,
+    source: tuple[str, str | None, int | None],
+    outputs: tuple[str | None, str | None],
+    *,
+    speedup: float | None,
+    min_agreement: float | None,
+    frontier: bool,
+    dtype: Dtype,
+    time_budget: float | None,
+) -> None:
+    """Search in context, with fitted replacements; this device is measured."""
+    from graphfold.calibration.auto import find_plan
+    from graphfold.cli_auto import write_found
+    from graphfold.model import load
+
+    loaded = load(arguments.source(model))
+    data, preprocess, samples = source
+    found = find_plan(
+        loaded,
+        arguments.dataset(data, preprocess, loaded, terminal, samples),
+        speedup=speedup,
+        min_agreement=min_agreement,
+        frontier=frontier,
+        dtype=dtype,
+        time_budget=time_budget,
+        progress=terminal.progress,
+    )
+    written = write_found(found, *outputs)
+    terminal.close()
+    for text in found.warnings:
+        terminal.warn(text)
+    terminal.show(found.to_json, found.tables())
+    for name in written:
+        terminal.note(f"wrote {name}")

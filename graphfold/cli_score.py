@@ -9,13 +9,21 @@ import typer
 
 from graphfold import arguments
 from graphfold.errors import UsageError
-from graphfold.options import DebugOption, JsonOption, QuietOption
+from graphfold.options import (
+    DataOption,
+    DebugOption,
+    JsonOption,
+    PreprocessOption,
+    QuietOption,
+)
 from graphfold.terminal import STDIO, check_output
 
 _EXAMPLES = (
-    "Examples:\n\ngraphfold score model.onnx --import importance.csv --baseline 71.9 "
+    "Examples:\n\ngraphfold score model.onnx --data photos/ --preprocess imagenet "
+    "-o importance.json\n\ngraphfold score model.onnx --import importance.csv --baseline 71.9 "
     "-o importance.json\n\n"
-    "graphfold plan model.onnx --importance importance.json --speedup 1.3 -o plan.json"
+    "graphfold plan model.onnx --importance importance.json --speedup 1.3 -o plan.json\n\n"
+    "With --data, interrupt it at any time: with the same arguments it continues from OUT.partial."
 )
 
 
@@ -64,6 +72,40 @@ def _score(
             show_default=False,
         ),
     ] = None,
+    data: DataOption = None,
+    preprocess: PreprocessOption = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples", metavar="N", min=1, help="Use the first N inputs.", show_default=False
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            metavar="regress",
+            help="With --data: fit each change on four fifths of the inputs, and measure what it "
+            "does to the outputs on the others.",
+        ),
+    ] = "regress",
+    families: Annotated[
+        str,
+        typer.Option(
+            "--families",
+            metavar="A,B",
+            help="With --data: what may stand in the places of the network.",
+        ),
+    ] = "dense,depthwise,pointwise,low_rank,narrow,identity",
+    longest: Annotated[
+        int,
+        typer.Option(
+            "--longest",
+            metavar="N",
+            min=1,
+            help="With --data: convolutions that a segment may hold to be replaced as one.",
+        ),
+    ] = 4,
     out: Annotated[
         str | None,
         typer.Option(
@@ -74,10 +116,14 @@ def _score(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Make the importance table of a model: what each change is worth."""
+    """Make the importance table of a model: what each change is worth; with --data resumable."""
     del debug
     if source is None:
-        raise UsageError("score what?", hint="--import FILE.csv reads a published importance table")
+        _check_published(baseline, value)
+        _measure(model, data, preprocess, samples, method, families, longest, out, as_json, quiet)
+        return
+    if data is not None:
+        raise UsageError("--import and --data contradict each other", hint="give one of them")
     if baseline is None:
         raise UsageError(
             "--import needs --baseline",
@@ -96,6 +142,55 @@ def _score(
             score=value,
         )
         write_table(found.table, output)
+        terminal.show(found.to_json, found.tables())
+        terminal.note(f"wrote {output}")
+
+
+def _check_published(baseline: float | None, value: str | None) -> None:
+    for name, given in (("--baseline", baseline), ("--value", value)):
+        if given is not None:
+            raise UsageError(f"{name} belongs to --import")
+
+
+def _measure(
+    model: str | None,
+    data: str | None,
+    preprocess: str | None,
+    samples: int | None,
+    method: str,
+    families: str,
+    longest: int,
+    out: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    if data is None or model is None:
+        raise UsageError(
+            "score what?",
+            hint="MODEL with --data measures damage on inputs; --import FILE.csv reads a "
+            "published importance table",
+        )
+    if method != "regress":
+        raise UsageError(f"--method {method!r} is not known", hint="regress")
+    output = _output(out, [model] if model != STDIO else [])
+    with arguments.open_terminal(as_json, quiet) as terminal:
+        from graphfold.calibration.families import check_families
+        from graphfold.calibration.score import score_model
+        from graphfold.model import load
+
+        chosen = check_families(arguments.names(families))
+        loaded = load(arguments.source(model))
+        found = score_model(
+            loaded,
+            arguments.dataset(data, preprocess, loaded, terminal, samples),
+            output,
+            families=chosen,
+            longest=longest,
+            progress=terminal.progress,
+        )
+        terminal.close()
+        if found.continued:
+            terminal.note(f"continued: {found.continued} rows were measured before")
         terminal.show(found.to_json, found.tables())
         terminal.note(f"wrote {output}")
 

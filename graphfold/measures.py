@@ -73,6 +73,9 @@ class Row(_Strict):
         "kernel",
         "stride",
         "family",
+        "weights",
+        "width",
+        "rank",
         "removed_convs",
         "removed_activations",
         "start_active",
@@ -84,6 +87,11 @@ class Row(_Strict):
     kernel: tuple[Size, ...] | None = Field(default=None, description="of the result, per axis")
     stride: tuple[Size, ...] | None = Field(default=None, description="of the result, per axis")
     family: Family | None = Field(default=None, description="of the result")
+    weights: Literal["merge", "regress"] | None = Field(
+        default=None, description="whether the result is merged or fitted on data"
+    )
+    width: Size | None = Field(default=None, description="inner channels left, for family: narrow")
+    rank: Size | None = Field(default=None, description="for family: low_rank")
     removed_convs: tuple[TensorName, ...] | None = Field(
         default=None, description="conv sites inside that are removed"
     )
@@ -99,12 +107,17 @@ class Row(_Strict):
     unchanged: bool = Field(default=False, description="the model as it is between the two")
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether the result's weights come from data."""
+        return self.weights == "regress"
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What identifies the row in its table."""
         fields = (getattr(self, name) for name in self.KEY)
         return (self.input, self.output, self.unchanged, *fields)
 
-    def agreement(self, other: Row) -> int | None:
+    def common(self, other: Row) -> int | None:
         """The number of key fields that both state alike; None where they contradict."""
         if (self.input, self.output, self.unchanged) != (
             other.input,
@@ -149,9 +162,27 @@ class LatencyRow(Row):
 
 
 class ImportanceRow(Row):
-    """What the network is worth with this change alone; greater is better."""
+    """What the network is worth with this change alone; greater is better.
+
+    All but `value` is for people: what was measured on inputs that nothing was fitted on.
+    """
 
     value: Finite = Field(description="importance; additive over a network's segments")
+    agreement: Finite | None = Field(
+        default=None, description="share of samples with the original's class"
+    )
+    worst_agreement: Finite | None = Field(
+        default=None, description="of the class that suffers most"
+    )
+    accuracy: Finite | None = Field(
+        default=None, description="share of samples with the labelled class"
+    )
+    psnr: Finite | None = Field(
+        default=None, description="decibels of the outputs' error, where they are no classes"
+    )
+    unexplained: Finite | None = Field(
+        default=None, description="share of the result's variance that the fit leaves"
+    )
 
 
 class _Table(_Strict):
@@ -387,7 +418,7 @@ def _other_models(first: Header, second: Header) -> Iterator[Problem]:
 
 
 def _best_matches(row: Row, rows: Sequence[Row], numbers: Sequence[int]) -> list[int]:
-    alike = {number: row.agreement(rows[number]) for number in numbers}
+    alike = {number: row.common(rows[number]) for number in numbers}
     best = max((count for count in alike.values() if count is not None), default=math.inf)
     return [number for number, count in alike.items() if count == best]
 

@@ -58,6 +58,16 @@ DistillOption = Annotated[
         show_default=False,
     ),
 ]
+SamplesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--samples",
+        metavar="N",
+        min=1,
+        help="Use the first N inputs of --data.",
+        show_default=False,
+    ),
+]
 ToleranceOption = Annotated[
     float | None,
     typer.Option(

@@ -7,6 +7,7 @@ the rows of a choice plus the table's rest; a speedup is over all steps unchange
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -203,14 +204,18 @@ def prepare(
     check_names(latencies, tensors)
     candidates = find_candidates(graph)
     cuts = cut_layout(candidates)
-    scope = _Scope(candidates, cuts, method)
+    measured = isinstance(importance, ImportanceTable) and is_measured(importance)
+    _check_method(method, measured)
+    scope = _Scope(candidates, cuts, method, drops=measured)
     offered = scope.of(latencies)
     if isinstance(importance, ImportanceTable):
         check_names(importance, tensors)
         table = importance
         worth = scope.of(importance)
         offered = scope.without_unknown_drops(offered, worth)
+        offered = without_unknown_fits(offered, worth)
     else:
+        offered = without_unknown_fits(offered, None)
         table = worth = importance_without_data(
             candidates, importance, method=method, latencies=offered, input_shapes=input_shapes
         )
@@ -229,6 +234,35 @@ def prepare(
     )
 
 
+def is_measured(importances: ImportanceTable) -> bool:
+    """Whether importances are measured damages, of fitted weights."""
+    return importances.header.method == "regress"
+
+
+def _check_method(method: Method, measured: bool) -> None:
+    if measured and method != "layermerge":
+        raise UsageError(
+            f"--method {method} is about merged weights, and the importances are of fitted ones",
+            hint="--method layermerge",
+        )
+
+
+def without_unknown_fits(
+    latencies: LatencyTable, importances: ImportanceTable | None
+) -> LatencyTable:
+    """The table without fitted replacements whose importance is not known: not to be chosen."""
+    known: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in importances.rows if importances is not None else ():
+        known[row.input, row.output].append(row)
+    rows = tuple(
+        row
+        for row in latencies.rows
+        if not row.is_fitted
+        or any(row.common(other) is not None for other in known[row.input, row.output])
+    )
+    return latencies.model_copy(update={"rows": rows})
+
+
 def additions(latencies: LatencyTable) -> dict[str, float]:
     """Latencies of an activation where the model has none, by tensor; rows that lead nowhere."""
     return {row.input: row.value for row in latencies.rows if row.input == row.output}
@@ -240,7 +274,10 @@ _Table = TypeVar("_Table", LatencyTable, ImportanceTable)
 class _Scope:
     """What of a table's rows one method may choose."""
 
-    def __init__(self, candidates: Candidates, cuts: CutLayout, method: Method) -> None:
+    def __init__(
+        self, candidates: Candidates, cuts: CutLayout, method: Method, *, drops: bool = False
+    ) -> None:
+        self._drops = drops
         self._candidates = candidates
         self._layout = cuts.layout
         self._method = method
@@ -258,7 +295,7 @@ class _Scope:
     def _may_choose(self, row: Row) -> bool:
         if row.input == row.output or not may_choose(self._method, row):
             return False
-        if not is_drop(row) or self._method == "sequential":
+        if not is_drop(row) or self._method == "sequential" or self._drops:
             return True
         if self._method == "layer-only":
             span = self._layout.span(row.input, row.output)

@@ -25,7 +25,7 @@ def shared_choices(
     """Both tables without the choices that the other one lacks, and a warning that tells of them.
 
     They come back as they are where their headers do not name the same model, or where they have
-    less than half of the choices in common.
+    less than half of the choices in common; measured damages are of some choices only, as asked.
     """
     headers = latencies.header.model, importances.header.model
     if headers[0] is None or headers[1] is None or headers[0].sha256 != headers[1].sha256:
@@ -40,7 +40,8 @@ def shared_choices(
     worth = [row for row in importances.rows if row.unchanged or _fits(row, timed_ends)]
     gone = len(latencies.rows) - len(timed), len(importances.rows) - len(worth)
     kept = sum(not row.unchanged for row in worth)
-    if gone == (0, 0) or kept < _LEAST_SHARE * (kept + max(gone)):
+    is_partial = importances.header.method == "regress" and kept > 0
+    if gone == (0, 0) or (not is_partial and kept < _LEAST_SHARE * (kept + max(gone))):
         return latencies, importances, None
     return (
         latencies.model_copy(update={"rows": tuple(timed)}),
@@ -57,4 +58,4 @@ def _is_optional(row: Row) -> bool:
 
 def _fits(row: Row, others: defaultdict[tuple[str, str], list[_AnyRow]]) -> bool:
     same: Iterable[Row] = others[row.input, row.output]
-    return any(row.agreement(other) is not None for other in same)
+    return any(row.common(other) is not None for other in same)

@@ -364,7 +364,7 @@ def test_two_profiles_do_not_write_one_journal(tmp_path):
     pytest.importorskip("fcntl")
     with (
         Journal(tmp_path / "journal", {}),
-        pytest.raises(UsageError, match="another profile"),
+        pytest.raises(UsageError, match="another run"),
     ):
         Journal(tmp_path / "journal", {})
 

@@ -102,7 +102,7 @@ def test_low_rank_is_the_best_of_its_rank():
     full = fit_linear(moments_of(x, y), 0.0)
     errors = []
     for rank in range(1, 6):
-        second, first = fit_low_rank(moments_of(x, y), rank, 0.0)
+        second, first = fit_low_rank(moments_of(x, y), rank, full)
         whole = second @ first.weight
         assert np.linalg.matrix_rank(whole, tol=1e-8) == min(rank, 5)
         residual = ((y - x @ whole.T - first.bias) ** 2).sum()

@@ -1,0 +1,116 @@
+"""Calibration inputs in two parts: most of them to fit on, the rest to judge on.
+
+Damage that is measured on what was fitted on looks several times smaller than it is, so no input is
+ever in both. Every fifth batch is held back, not the last ones: data often come in some order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphfold.errors import DataError
+
+if TYPE_CHECKING:
+    from graphfold.calibration.dataset import Batch, Dataset
+    from graphfold.model import Model
+
+HELD_EVERY = 5
+# More samples make a verdict no finer than searches need.
+MOST_JUDGED = 200
+# All inputs are in memory: they are run more than once.
+_MOST_BYTES = 2 << 30
+
+Feed = dict[str, NDArray[Any]]
+_Any = TypeVar("_Any")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs in memory, batch by batch.
+
+    Attributes:
+        feeds: all of them, in order.
+        fitted: those to fit on.
+        held: those to judge on.
+        labels: of the samples in `held`, in order; None where they are not all known.
+    """
+
+    feeds: list[Feed]
+    fitted: list[Feed]
+    held: list[Feed]
+    labels: NDArray[np.int64] | None
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all inputs and of the labels that count."""
+        found = hashlib.sha256()
+        for feed in self.feeds:
+            for name, array in sorted(feed.items()):
+                found.update(f"{name} {array.dtype} {array.shape}".encode())
+                found.update(np.ascontiguousarray(array).tobytes())
+        if self.labels is not None:
+            found.update(self.labels.tobytes())
+        return found.hexdigest()
+
+
+def read_split(data: Dataset) -> Split:
+    """Read all inputs and hold every fifth batch back.
+
+    Raises:
+        DataError: what is read does not fit the model, or there is not enough of it.
+    """
+    batches: list[Batch] = []
+    size = 0
+    for batch in data.batches():
+        size += sum(array.nbytes for array in batch.feed.values())
+        if size > _MOST_BYTES:
+            raise DataError(
+                f"more than {_MOST_BYTES >> 30} GiB of inputs",
+                where=data.name,
+                hint=f"--samples {sum(each.samples for each in batches)} takes the first of them",
+            )
+        batches.append(batch)
+    held = batches[HELD_EVERY - 1 :: HELD_EVERY]
+    if not held:
+        samples = sum(batch.samples for batch in batches)
+        raise DataError(
+            f"{samples} inputs are too few to fit on some and judge on others",
+            where=data.name,
+            hint="a few hundred are better",
+        )
+    feeds = [dict(batch.feed) for batch in batches]
+    fitted = [feed for number, feed in enumerate(feeds) if number % HELD_EVERY != HELD_EVERY - 1]
+    judged = at_most(held, [batch.samples for batch in held], MOST_JUDGED)
+    known = [batch.labels for batch in judged if batch.labels is not None]
+    labels = np.concatenate(known) if len(known) == len(judged) else None
+    return Split(feeds, fitted, [dict(batch.feed) for batch in judged], labels)
+
+
+def samples_of(feed: Mapping[str, NDArray[Any]]) -> int:
+    """Number of samples in a feed."""
+    return next((len(array) for array in feed.values() if array.ndim), 1)
+
+
+def at_most(items: Sequence[_Any], sizes: Iterable[int], samples: int) -> list[_Any]:
+    """As many items, from the first on, as it takes to have so many samples."""
+    before = itertools.accumulate(sizes, initial=0)
+    return [item for item, count in zip(items, before, strict=False) if count < samples]
+
+
+def one_sample(feed: Mapping[str, NDArray[Any]], model: Model) -> Feed:
+    """What latency is measured on: one sample, unless the model states its batch."""
+    from graphfold.specs import model_inputs
+
+    fixed = {
+        spec.name
+        for spec in model_inputs(model)
+        if not spec.shape or isinstance(spec.shape[0], int)
+    }
+    return {name: array if name in fixed else array[:1] for name, array in feed.items()}

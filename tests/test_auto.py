@@ -1,0 +1,187 @@
+"""The whole run on a small network; latencies are counted, not measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from searchable import by_macs, feeds, network
+
+import graphfold
+from graphfold.calibration import explore
+from graphfold.calibration.auto import auto, find_plan
+from graphfold.calibration.dataset import read_dataset
+from graphfold.calibration.explore import Exploration
+from graphfold.cli import main
+from graphfold.errors import BudgetError, DataError, UsageError
+from graphfold.model import load, to_proto
+from graphfold.specs import model_inputs
+
+# How much faster INT8 is on the device that is made up.
+INT8 = 1.6
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose latencies are multiply-adds, nearly as predicted."""
+
+    def measured(self: Exploration, option: Any) -> Any:
+        times = by_macs(self.bench)
+        speedup = 0.97 * times.whole / times.predict(option.state) if option.state else 1.0
+        factor = INT8 if option.dtype == "int8" else 1.0
+        return replace(option, speedup=speedup * factor, measured=True)
+
+    monkeypatch.setattr(explore, "measure_nodes", lambda bench, *_, **__: by_macs(bench))
+    monkeypatch.setattr(Exploration, "measured", measured)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("auto")
+    model, data = folder / "model.onnx", folder / "data.npz"
+    onnx.save(network(), model)
+    x = np.concatenate([feed["x"] for feed in feeds(30, 11)])
+    labels = np.arange(len(x)) % 6
+    np.savez(data, x=x, labels=labels)
+    return model, data
+
+
+def arguments(files: tuple[Path, Path], limit: int | None = None) -> Any:
+    model = load(files[0])
+    return model, read_dataset(str(files[1]), model_inputs(model), limit=limit)
+
+
+def test_the_least_damaged_network_that_is_fast_enough(files):
+    done = auto(*arguments(files), speedup=1.5)
+    found = done.found
+    assert found.chosen.speedup >= 1.5
+    assert found.chosen.measured
+    met = [each for each in found.options if each.measured and each.speedup >= 1.5]
+    assert found.chosen.verdict.damage == min(each.verdict.damage for each in met)
+    # One step before is too slow: no more is given up than has to be.
+    before = found.options[found.options.index(found.chosen) - 1]
+    assert before.speedup < 1.5
+    assert found.settings["samples"] == 120
+    assert found.options[0].verdict.agreement == 1.0
+    assert found.chosen.verdict.accuracy is not None
+
+
+def test_the_plan_alone_makes_the_same_network_again(files):
+    model, data = arguments(files)
+    done = auto(model, data, speedup=1.4)
+    plan = json.loads(done.found.plan_text())
+    every = [dict(batch.feed) for batch in data.batches(5)]
+    again = graphfold.optimize(str(files[0]), plan, data=every)
+    one, other = (to_proto(each.folded) for each in (done.result, again))
+    first, second = ({i.name: i for i in each.graph.initializer} for each in (one, other))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        array = onnx.numpy_helper.to_array(tensor)
+        np.testing.assert_allclose(onnx.numpy_helper.to_array(second[name]), array, atol=1e-5)
+    assert {each.became for each in again.report.fits} >= {"narrow to 40"} or again.report.fits
+    assert again.report.verification.passed
+
+
+def test_the_fastest_network_that_is_good_enough(files):
+    found = find_plan(*arguments(files), min_agreement=0.8)
+    good = [each for each in found.options if each.verdict.agreement >= 0.8]
+    assert found.chosen.speedup == max(each.speedup for each in good)
+    assert found.chosen.speedup > 1
+
+
+def test_int8_alone_where_that_is_fast_enough(files):
+    found = find_plan(*arguments(files), speedup=1.5, dtype="int8")
+    assert found.chosen.dtype == "int8"
+    assert not found.chosen.state
+    assert found.plan.quantize is not None
+
+
+def test_the_better_of_float_and_int8_is_taken(files):
+    found = find_plan(*arguments(files), speedup=1.5, dtype="auto")
+    met = [each for each in found.options if each.measured and each.speedup >= 1.5]
+    assert {each.dtype for each in met} == {"float32", "int8"}
+    assert found.chosen.verdict.damage == min(each.verdict.damage for each in met)
+
+
+def test_int8_goes_further_than_int8_alone(files):
+    done = auto(*arguments(files), speedup=2.0, dtype="int8")
+    assert done.found.chosen.speedup >= 2.0
+    assert done.found.chosen.state
+    operators = {node.op_type for node in to_proto(done.result.folded).graph.node}
+    assert "QuantizeLinear" in operators
+
+
+def test_a_frontier_chooses_nothing(files):
+    found = find_plan(*arguments(files), frontier=True)
+    assert found.plan is None
+    assert found.chosen is None
+    assert len(found.options) > 3
+    assert found.picture().startswith("<svg")
+    assert found.to_json()["plan"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "how fast"),
+        ({"speedup": 1.2, "min_agreement": 0.9}, "contradict"),
+        ({"speedup": 0.9}, "is none"),
+        ({"min_agreement": 1.5}, "share above 0"),
+        ({"speedup": 1.2, "dtype": "int4"}, "not known"),
+    ],
+)
+def test_goals_that_make_no_sense(files, options, message):
+    with pytest.raises(UsageError, match=message):
+        find_plan(*arguments(files), **options)
+
+
+def test_more_than_there_is(files):
+    with pytest.raises(BudgetError, match="1000 times as fast") as error:
+        find_plan(*arguments(files), speedup=1000)
+    assert "the fastest that was measured" in str(error.value.hint)
+
+
+def test_too_little_data(files):
+    with pytest.raises(DataError, match="too few"):
+        find_plan(*arguments(files, limit=20), speedup=1.2)
+
+
+def test_no_time_is_said_so(files):
+    with pytest.raises(BudgetError):
+        find_plan(*arguments(files), speedup=3.0, time_budget=0.0)
+
+
+def test_the_command_writes_everything(files, tmp_path, capfd):
+    out, plan, plot = (tmp_path / name for name in ("o.onnx", "p.json", "f.svg"))
+    command = ["auto", str(files[0]), "--data", str(files[1]), "--speedup", "1.3"]
+    outputs = ["-o", str(out), "--plan-out", str(plan), "--plot", str(plot), "--json"]
+    assert main([*command, *outputs]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document["chosen"]["speedup"] >= 1.3
+    assert json.loads(plan.read_text())["segments"]
+    assert plot.read_text().startswith("<svg")
+    onnx.checker.check_model(onnx.load(out), full_check=True)
+
+
+def test_a_plan_from_data_is_what_optimize_takes(files, tmp_path):
+    plan, out, same = tmp_path / "p.json", tmp_path / "o.onnx", tmp_path / "same.onnx"
+    model, data = str(files[0]), ["--data", str(files[1])]
+    assert main(["plan", model, *data, "--speedup", "1.3", "-o", str(plan)]) == 0
+    assert main(["optimize", model, *data, "--plan", str(plan), "-o", str(out)]) == 0
+    assert main(["optimize", model, *data, "--plan", str(plan), "-o", str(same)]) == 0
+    onnx.checker.check_model(onnx.load(out), full_check=True)
+    assert out.read_bytes() == same.read_bytes()
+
+
+def test_a_fitted_plan_without_data_is_one_message(files, tmp_path, capfd):
+    plan = tmp_path / "p.json"
+    data = ["--data", str(files[1])]
+    assert main(["plan", str(files[0]), *data, "--speedup", "1.3", "-o", str(plan)]) == 0
+    capfd.readouterr()
+    assert main(["optimize", str(files[0]), "--plan", str(plan), "-o", str(tmp_path / "o")]) == 2
+    assert "need data (--data gives calibration inputs)" in capfd.readouterr().err
