@@ -79,6 +79,8 @@ class OnnxModule(nn.Module):
     Attributes:
         input_names: what `forward` takes, in this order where it is given tensors.
         output_names: what it returns.
+        depthwise_share: part of a batch, its first images, that gradients of depthwise weights
+            are taken of: see `torch_depthwise`. 1.0, the gradient itself, unless it is set.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class OnnxModule(nn.Module):
         self._steps = tuple(steps)
         self._state = state
         self._update_statistics = update_statistics
+        self.depthwise_share = state.depthwise_share
         self._numbers = tensors.numbers
         self._weight_keys = {name: _key(name) for name in tensors.weights}
         self._fixed_keys = {name: _key(name) for name in tensors.fixed}
@@ -137,6 +140,7 @@ class OnnxModule(nn.Module):
         tensors: dict[str, Tensor] = {**self._numbers, **self.fixed, **self.weights}
         tensors.update(self._feeds(values))
         self._state.batch_statistics = self._update_statistics and self.training
+        self._state.depthwise_share = self.depthwise_share
         for step in self._steps:
             inputs = [tensors[name] if name else None for name in step.inputs]
             try:

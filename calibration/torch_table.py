@@ -24,9 +24,15 @@ Refusal = Callable[["Call"], str | None]
 
 @dataclass
 class State:
-    """What changes between two runs of the same module."""
+    """What changes between two runs of the same module.
+
+    Attributes:
+        batch_statistics: BatchNormalization normalises by the batch.
+        depthwise_share: part of a batch that gradients of depthwise weights are taken of.
+    """
 
     batch_statistics: bool = False
+    depthwise_share: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name that everyone knows it by
 
+from graphfold.calibration.torch_depthwise import depthwise
 from graphfold.calibration.torch_table import Call, index_tensor, operator
 
 _CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
@@ -95,8 +96,13 @@ def _conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     padding = window.begins
     if not window.is_symmetric:
         x, padding = _pad_spatial(x, window.begins, window.ends), (0,) * len(padding)
+    groups = call.get("group", 1)
+    share = call.state.depthwise_share
+    is_depthwise = len(padding) == 2 and groups == x.shape[1] == len(weight)
+    if share < 1.0 and is_depthwise and set(window.dilations) == {1}:
+        return depthwise(x, weight, bias, window.strides, padding, share)
     run = _CONVOLUTIONS[len(padding) - 1]
-    return run(x, weight, bias, window.strides, padding, window.dilations, call.get("group", 1))
+    return run(x, weight, bias, window.strides, padding, window.dilations, groups)
 
 
 @operator("ConvTranspose")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from graphfold.model import Model
     from graphfold.optimizer import Result
     from graphfold.plan import Plan, PlanSource
+    from graphfold.repaired import Repaired, RepairFunction
     from graphfold.rewrite import Progress
     from graphfold.verification import Verification
 
@@ -56,6 +57,7 @@ def optimize(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     inputs: Iterable[Mapping[str, NDArray[Any]]] | None = None,
     data: Sequence[Mapping[str, NDArray[Any]]] | None = None,
+    distill: float | None = None,
     tolerance: float | None = None,
     verify: bool = True,
     require_verify: bool = False,
@@ -79,7 +81,9 @@ def optimize(
         input_shapes: sizes of inputs that the model leaves open, by name ("" for the only one).
         inputs: feeds by input name to verify on; random ones by default.
         data: feeds by input name that segments with `weights: regress` are fitted on, and that a
-            plan's `quantize` is calibrated and judged on.
+            plan's `quantize` is calibrated and judged on; without labels.
+        distill: minutes of training the folded network by the model's own answers to `data`,
+            before it is quantized; kept only where held-back data confirms it.
         tolerance: largest accepted error relative to max|y|.
         verify: compare the folded network with the plan's reference network.
         require_verify: fail where onnxruntime cannot run the model.
@@ -96,8 +100,12 @@ def optimize(
         ModelError, UsageError: bad input.
     """
     from graphfold.optimizer import load_any, no_collection, optimize_model
+    from graphfold.repaired import check_can_repair
 
-    quantize = None
+    quantize = repair = None
+    if distill is not None:
+        check_can_repair(plan, data)
+        repair = _repair_on(data or [], distill, progress)
     if data is not None:
         from graphfold.calibration.planned import quantizing
 
@@ -120,6 +128,7 @@ def optimize(
             require_verify=require_verify,
             strip_metadata=strip_metadata,
             quantize=quantize,
+            repair=repair,
             progress=progress,
         )
 
@@ -133,6 +142,17 @@ def _fit_on(
         return fit_plan(model, plan, data, allow_other_model=allow_other_model, progress=progress)
 
     return fit
+
+
+def _repair_on(
+    data: Sequence[Mapping[str, NDArray[Any]]], minutes: float, progress: Progress | None
+) -> RepairFunction:
+    from graphfold.calibration.repair import repair
+
+    def run(network: Model, original: Model) -> Repaired:
+        return repair(network, original, data, minutes=minutes, progress=progress)
+
+    return run
 
 
 def inspect(model: Any, *, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Inspection:

@@ -99,15 +99,21 @@ def dataset(
 
 
 def plan_data(
-    plan: str | None, data: str | None, preprocess: str | None, model: Model, terminal: Terminal
+    plan: str | None,
+    data: str | None,
+    preprocess: str | None,
+    model: Model,
+    terminal: Terminal,
+    *,
+    trains: bool,
 ) -> list[dict[str, NDArray[Any]]] | None:
-    """All of `--data`, where a plan fits or quantizes with it; None where it does not."""
+    """All of `--data`, where training or a plan needs it; None where nothing does."""
     from graphfold.plan import read_plan
 
     if plan is None or data is None:
         return None
     stated = read_plan(plan)
-    if stated.quantize is None and not stated.is_fitted:
+    if stated.quantize is None and not stated.is_fitted and not trains:
         return None
     return [dict(batch.feed) for batch in dataset(data, preprocess, model, terminal).batches()]
 

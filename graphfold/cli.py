@@ -21,6 +21,7 @@ from graphfold.errors import GraphfoldError, ModelError, UsageError
 from graphfold.options import (
     DataOption,
     DebugOption,
+    DistillOption,
     JsonOption,
     ModelArgument,
     PreprocessOption,
@@ -138,6 +139,7 @@ def _optimize(
     tolerance: ToleranceOption = None,
     data: DataOption = None,
     preprocess: PreprocessOption = None,
+    distill: DistillOption = None,
     input_shape: ShapeOption = None,
     allow_other_model: Annotated[
         bool,
@@ -210,7 +212,9 @@ def _optimize(
         started = time.perf_counter()
         loaded = load(arguments.source(model))
         load_seconds = time.perf_counter() - started
-        feeds = arguments.plan_data(plan, data, preprocess, loaded, terminal)
+        feeds = arguments.plan_data(
+            plan, data, preprocess, loaded, terminal, trains=distill is not None
+        )
         inputs = feeds[:1] if feeds else arguments.inputs(data, preprocess, loaded, terminal)
         result = graphfold.optimize(
             loaded,
@@ -223,6 +227,7 @@ def _optimize(
             input_shapes=arguments.shapes(input_shape),
             inputs=inputs,
             data=feeds,
+            distill=distill,
             tolerance=tolerance,
             verify=not no_verify,
             require_verify=require_verify,

@@ -23,6 +23,7 @@ from graphfold.plan import Plan, PlanSource, read_plan
 from graphfold.prices import Prices
 from graphfold.quantization import Quantized, QuantizeFunction, check_can_quantize
 from graphfold.reference import Reference, build_reference
+from graphfold.repaired import Repaired, RepairFunction
 from graphfold.report import Report, build_report, snapshot
 from graphfold.rewrite import (
     METADATA_PREFIX,
@@ -123,11 +124,13 @@ def optimize_model(
     require_verify: bool = False,
     strip_metadata: bool = False,
     quantize: QuantizeFunction | None = None,
+    repair: RepairFunction | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Apply a plan to a loaded model, fold, verify; see `graphfold.optimize`.
 
-    `fit` fits a plan's segments on data, where it has such.
+    `fit` fits a plan's segments on data, where it has such; `repair` trains the folded network
+    before it is quantized.
     """
     if require_verify and not verify:
         raise UsageError("verify=False contradicts require_verify")
@@ -149,6 +152,7 @@ def optimize_model(
             require_verify=require_verify,
             strip_metadata=strip_metadata,
             quantize=quantize,
+            repair=repair,
             progress=progress,
         )
 
@@ -171,6 +175,7 @@ def _optimize(
     require_verify: bool,
     strip_metadata: bool,
     quantize: QuantizeFunction | None,
+    repair: RepairFunction | None,
     progress: Progress | None,
 ) -> Result:
     clock = _Clock()
@@ -213,6 +218,13 @@ def _optimize(
                 unlimited=require_verify,
             )
         _refuse_failure(verification, require_verify)
+    repaired = None
+    if repair is not None:
+        with clock.stage("distill", progress):
+            repaired = repair(folded, original)
+        folded = repaired.model
+        if repaired.kept and not strip_metadata:
+            folded.ir.metadata_props[f"{METADATA_PREFIX}distilled"] = str(repaired.steps)
     quantized = None
     if parsed is not None and parsed.quantize is not None and quantize is not None:
         with clock.stage("quantize", progress), _naming(plan):
@@ -233,6 +245,7 @@ def _optimize(
                 statistics,
                 verification,
                 quantized,
+                repaired,
                 clock,
                 input_shapes,
                 fits,
@@ -384,6 +397,7 @@ def _report(
     statistics: Sequence[PassStatistics],
     verification: Verification | None,
     quantized: Quantized | None,
+    repaired: Repaired | None,
     clock: _Clock,
     input_shapes: Mapping[str, Sequence[int]] | None,
     fits: tuple[SegmentFit, ...],
@@ -400,6 +414,7 @@ def _report(
         verification,
         clock.seconds,
         quantized=quantized,
+        repaired=repaired,
         model=None if source.path is None else str(source.path),
         plan=str(plan) if isinstance(plan, (str, Path)) else None,
         plan_digest=None if parsed is None else parsed.digest,

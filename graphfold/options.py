@@ -47,6 +47,17 @@ PreprocessOption = Annotated[
         show_default=False,
     ),
 ]
+DistillOption = Annotated[
+    float | None,
+    typer.Option(
+        "--distill",
+        metavar="MINUTES",
+        min=0.0,
+        help="Train the folded network by the model's own answers to --data, without labels; kept "
+        "only where held-back data confirms it. Needs torch.",
+        show_default=False,
+    ),
+]
 SamplesOption = Annotated[
     int | None,
     typer.Option(

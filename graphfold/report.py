@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from graphfold.model import Model
     from graphfold.quantization import Quantized
+    from graphfold.repaired import Repaired
     from graphfold.rewrite import Fold, PassStatistics, Skip
     from graphfold.verification import FoldComparison, Verification
 
@@ -120,6 +121,7 @@ class Report:
         verification: outcome, None where it was not asked for.
         seconds: time per stage.
         quantized: INT8 as the last step, None where the plan does not ask for it.
+        repaired: training by the original's answers, None where it was not asked for.
         block_changes: cost per block of the input, before and after.
         warnings: for the user, in order.
         fits: segments whose weights come from data.
@@ -138,6 +140,7 @@ class Report:
     verification: Verification | None
     seconds: dict[str, float]
     quantized: Quantized | None = None
+    repaired: Repaired | None = None
     block_changes: tuple[BlockChange, ...] = ()
     warnings: tuple[str, ...] = ()
     fits: tuple[SegmentFit, ...] = ()
@@ -185,6 +188,7 @@ class Report:
             "passes": [_pass_json(item) for item in self.statistics],
             "warnings": list(self.warnings),
             "seconds": self.seconds,
+            "distilled": None if self.repaired is None else self.repaired.to_json(),
             "quantized": None if self.quantized is None else self.quantized.to_json(),
         }
         return found | self._verification_json()
@@ -224,6 +228,8 @@ class Report:
         found.append(self._passes())
         if self.verification is not None and self.verification.outputs:
             found.append(verification_table(self.verification))
+        if self.repaired is not None:
+            found.append(self.repaired.table())
         if self.quantized is not None:
             found.append(self.quantized.table())
         return [table for table in found if table.rows]
@@ -383,6 +389,7 @@ def build_report(
     seconds: Mapping[str, float],
     *,
     quantized: Quantized | None = None,
+    repaired: Repaired | None = None,
     model: str | None = None,
     output: str | None = None,
     plan: str | None = None,
@@ -403,6 +410,7 @@ def build_report(
         verification: None where it was not asked for.
         seconds: per stage.
         quantized: INT8 as the last step.
+        repaired: training by the original's answers.
         model: path of the input as the user knows it.
         output: path of what was written.
         plan: path of the plan.
@@ -432,6 +440,7 @@ def build_report(
         verification=verification,
         seconds=dict(seconds),
         quantized=quantized,
+        repaired=repaired,
         block_changes=tuple(_block_changes(before, after)),
         warnings=(*warnings, *(verification.warnings if verification else ())),
     )

@@ -88,8 +88,6 @@ def test_every_command_has_help_with_an_example(run, command):
 
 
 def test_options_without_a_feature_are_not_offered(run):
-    _, out, _ = run("optimize", "--help")
-    assert "--distill" not in out
     _, out, _ = run("--help")
     for absent in ("search", "finetune", "auto "):
         assert f" {absent}" not in out

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 
 from graphfold.calibration import distill as module  # noqa: E402 - needs torch
 from graphfold.calibration.distill import distill  # noqa: E402
+from graphfold.calibration.training_images import Images, augment  # noqa: E402
 from graphfold.errors import DataError, UsageError  # noqa: E402
 from graphfold.model import compare_interfaces, load, to_proto  # noqa: E402
 
@@ -139,10 +140,10 @@ def test_the_same_seed_gives_the_same_model():
 
 def test_held_back_images_are_never_trained_on():
     data = images()
-    found = module._Images(data, ["x"], None)
+    found = Images(data, ["x"], None)
     assert not set(found.training) & set(found.held_back)
     steps = itertools.islice(found.shuffled(torch.Generator().manual_seed(0)), 9)
-    drawn = [row for rows in steps for row in rows]
+    drawn = [row for batches in steps for rows in batches for row in rows]
     assert not set(drawn) & set(found.held_back)
     assert sorted(drawn[:80]) == found.training  # each once before any comes again
     (row,) = found.batch([26], "cpu", None)["x"]
@@ -173,7 +174,7 @@ def test_time_decides_how_many_steps_are_made(monkeypatch):
 
 def test_images_are_mirrored_and_zoomed_into():
     planes = torch.linspace(-1, 1, 16).expand(64, 3, 16, 16).contiguous()
-    changed = module._augment(planes, torch.Generator().manual_seed(0))
+    changed = augment(planes, torch.Generator().manual_seed(0))
     assert changed.shape == planes.shape
     slopes = (changed[:, 0, 8, 10] - changed[:, 0, 8, 5]) / (
         planes[0, 0, 8, 10] - planes[0, 0, 8, 5]
@@ -183,10 +184,10 @@ def test_images_are_mirrored_and_zoomed_into():
     assert slopes.abs().min() > 0.74
     assert slopes.abs().max() < 1.01
     assert changed.abs().max() <= 1
-    last = module._augment(planes.movedim(1, -1), torch.Generator().manual_seed(0))
+    last = augment(planes.movedim(1, -1), torch.Generator().manual_seed(0))
     torch.testing.assert_close(last.movedim(-1, 1), changed)
     vectors = torch.zeros(4, 7)
-    assert module._augment(vectors, torch.Generator()) is vectors
+    assert augment(vectors, torch.Generator()) is vectors
 
 
 def test_steps_are_scaled_by_output_channel():
@@ -213,3 +214,28 @@ def test_wrong_data_and_models():
         repair(student, load(classifier(softmax=True)))
     with pytest.raises(UsageError, match="no such tensor in the graph: nowhere"):
         repair(student, teacher, features=["nowhere"])
+
+
+def test_small_fixed_batches_add_up_to_a_step():
+    alone = Images(images(), ["x"], 1)
+    (step,) = itertools.islice(alone.shuffled(torch.Generator().manual_seed(0)), 1)
+    assert [len(rows) for rows in step] == [1] * 16
+    threes = Images(images(), ["x"], 3)
+    (step,) = itertools.islice(threes.shuffled(torch.Generator().manual_seed(0)), 1)
+    assert [len(rows) for rows in step] == [3] * 6
+    teacher = classifier(batch=1)
+    assert repair(damaged(teacher), load(teacher)).is_kept
+
+
+@pytest.mark.parametrize("size", [0.002, 0.15, 2.0])
+def test_steps_are_as_long_as_the_damage_is_large(size, monkeypatch):
+    lengths = []
+    original = module._ScaledAdam
+
+    def noted(student, step_size):
+        lengths.append(step_size)
+        return original(student, step_size)
+
+    monkeypatch.setattr(module, "_ScaledAdam", noted)
+    found = repair(damaged(classifier(), size), load(classifier()), steps=1, step_size=None)
+    assert lengths == [pytest.approx(min(max(2e-3 * found.before, 1e-4), 2e-3))]

@@ -1,0 +1,125 @@
+"""Images to train on and images to judge by: batches of them, changed at random.
+
+Every fifth image is held back. The others come in a random order, all before any comes again, each
+mirrored at random and zoomed into.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the usual name
+
+from graphfold.calibration.capture import Feeds
+from graphfold.errors import DataError
+from graphfold.specs import Arrays
+
+if TYPE_CHECKING:
+    from graphfold.model import Model
+
+_BATCH = 16
+_HOLD_EVERY = 5  # one image of so many is held back
+_FEWEST = 2 * _HOLD_EVERY
+
+
+class Images:
+    """Rows of the batches that were given, without a copy of them.
+
+    Attributes:
+        size: of the batches that are made of them.
+        step: images of each training step, so many batches as come near the usual number.
+        training, held_back: numbers of the images for each purpose.
+    """
+
+    def __init__(self, batches: Feeds, names: Sequence[str], fixed: int | None) -> None:
+        self._batches = batches
+        self._names = names
+        self._places = []
+        for number, batch in enumerate(batches):
+            missing = [name for name in names if name not in batch]
+            if missing:
+                raise DataError(f"batch {number} has no {', '.join(missing)}")
+            lengths = {len(batch[name]) for name in names}
+            if len(lengths) != 1:
+                raise DataError(f"batch {number} has arrays of unequal lengths")
+            self._places += [(number, row) for row in range(lengths.pop())]
+        if len(self._places) < max(_FEWEST, _HOLD_EVERY * (fixed or 1)):
+            raise DataError(
+                f"{len(self._places)} images are too few to train on some and judge by others",
+                hint="give some hundreds",
+            )
+        everything = range(len(self._places))
+        self.held_back = [row for row in everything if row % _HOLD_EVERY == _HOLD_EVERY - 1]
+        self.training = [row for row in everything if row % _HOLD_EVERY != _HOLD_EVERY - 1]
+        self.size = fixed or min(_BATCH, len(self.training))
+        self.step = self.size * math.ceil(min(_BATCH, len(self.training)) / self.size)
+        self._rest = len(self.held_back) % fixed if fixed else 0
+
+    def judged(self) -> list[list[int]]:
+        """The held-back images in batches; of a fixed size, what does not fill one is left out."""
+        last = len(self.held_back) - self._rest
+        return [
+            self.held_back[start : min(start + self.size, last)]
+            for start in range(0, last, self.size)
+        ]
+
+    def shuffled(self, generator: torch.Generator) -> Iterator[list[list[int]]]:
+        """The training images of each step in batches: all of them before any comes again."""
+        order: list[int] = []
+        while True:
+            while len(order) < self.step:
+                picks = torch.randperm(len(self.training), generator=generator).tolist()
+                order += [self.training[pick] for pick in picks]
+            yield [order[start : start + self.size] for start in range(0, self.step, self.size)]
+            order = order[self.step :]
+
+    def arrays(self, rows: Sequence[int]) -> Arrays:
+        """These images as they are."""
+        places = [self._places[row] for row in rows]
+        return {
+            name: np.stack([self._batches[number][name][row] for number, row in places])
+            for name in self._names
+        }
+
+    def batch(
+        self, rows: Sequence[int], device: str, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """These images, changed at random where a generator is given."""
+        made = {}
+        for name, array in self.arrays(rows).items():
+            tensor = torch.from_numpy(array)
+            made[name] = (tensor if generator is None else augment(tensor, generator)).to(device)
+        return made
+
+
+def fixed_batch(model: Model) -> int | None:
+    """The batch size that the model's inputs insist on."""
+    for value in model.ir.graph.inputs:
+        if not value.is_initializer() and value.shape is not None and len(value.shape):
+            size = value.shape[0]
+            if isinstance(size, int) and size > 0:
+                return size
+    return None
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror and zoom into each image at random; what is no batch of images stays."""
+    if images.ndim != 4 or not images.is_floating_point():
+        return images
+    channels_last = images.shape[1] > 4 and images.shape[3] <= 4
+    planes = images.movedim(-1, 1) if channels_last else images
+    count = len(planes)
+    drawn = torch.rand(count, 4, generator=generator, dtype=planes.dtype)
+    zoom = 1 - drawn[:, 0] / 4
+    mirror = torch.where(drawn[:, 1] < 0.5, -1.0, 1.0)
+    shift = (2 * drawn[:, 2:] - 1) * (1 - zoom)[:, None]
+    transform = torch.zeros(count, 2, 3, dtype=planes.dtype)
+    transform[:, 0, 0], transform[:, 1, 1], transform[:, :, 2] = zoom * mirror, zoom, shift
+    grid = F.affine_grid(transform, list(planes.shape), align_corners=False)
+    planes = F.grid_sample(planes, grid, padding_mode="border", align_corners=False)
+    return planes.movedim(1, -1) if channels_last else planes
