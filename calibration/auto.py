@@ -244,18 +244,20 @@ def auto(
     provider: str = "CPUExecutionProvider",
     families: Sequence[str] = ("narrow", "identity"),
     time_budget: float | None = None,
+    distill: float | None = None,
     progress: Progress | None = None,
 ) -> AutoResult:
     """Find a network that is as fast, or as good, as asked, build and verify it.
 
-    Arguments and errors are those of `find_plan`.
+    Arguments and errors are those of `find_plan`; `distill` is the minutes that the built network
+    is trained by the model's own answers, see `graphfold.calibration.repair`.
     """
     goal = _goal(speedup, min_agreement, False, dtype)
     explored = Exploration(
         model, data, threads=threads, provider=provider, families=families, progress=progress
     )
     run = _Run(explored, goal, time_budget)
-    return run.built(run.find(dtype))
+    return run.built(run.find(dtype), distill)
 
 
 def _goal(speedup: float | None, min_agreement: float | None, frontier: bool, dtype: str) -> _Goal:
@@ -364,14 +366,18 @@ class _Run:
             self._warnings.append("the time budget ended a search before its goal")
         return route.options
 
-    def built(self, found: Found) -> AutoResult:
+    def built(self, found: Found, distill: float | None) -> AutoResult:
         """The chosen network, made by `optimize` from its plan and all inputs."""
         import graphfold
 
         explored = self._exploration
         explored.progress("building the network", 0, 0)
         result = graphfold.optimize(
-            explored.model, found.plan, data=explored.feeds, progress=explored.progress
+            explored.model,
+            found.plan,
+            data=explored.feeds,
+            distill=distill,
+            progress=explored.progress,
         )
         final = explored.judged(to_proto(result.folded))
         explored.stage("building and verifying")

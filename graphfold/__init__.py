@@ -268,7 +268,7 @@ def auto(model: Any, data: Dataset, **options: Any) -> AutoResult:
         model: in any form that `optimize` takes.
         data: calibration inputs (`graphfold.calibration.dataset.read_dataset`).
         options: speedup or min_agreement, dtype, threads, provider, families, time_budget,
-            progress.
+            distill, progress.
 
     Raises:
         ModelError, DataError, UsageError: bad input. BudgetError: nothing is what was asked for.

@@ -12,6 +12,7 @@ from graphfold.errors import UsageError
 from graphfold.options import (
     DataOption,
     DebugOption,
+    DistillOption,
     JsonOption,
     ModelArgument,
     PreprocessOption,
@@ -106,6 +107,7 @@ def _auto(
             show_default=False,
         ),
     ] = None,
+    distill: DistillOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -139,6 +141,7 @@ def _auto(
             threads=threads,
             provider=provider,
             time_budget=None if time_budget is None else 60 * time_budget,
+            distill=distill,
             progress=terminal.progress,
         )
         _write(found, targets, plan_out, plot, terminal)
