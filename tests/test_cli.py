@@ -89,7 +89,7 @@ def test_every_command_has_help_with_an_example(run, command):
 
 def test_options_without_a_feature_are_not_offered(run):
     _, out, _ = run("--help")
-    for absent in ("search", "finetune", "auto "):
+    for absent in ("search", "finetune"):
         assert f" {absent}" not in out
 
 
