@@ -112,7 +112,7 @@ def _auto(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Find a faster network with a few hundred inputs: fit, search, fold, quantize, verify."""
+    """Find a faster network with a few hundred inputs: fit, choose, fold, quantize, verify."""
     del debug
     if data is None:
         raise UsageError(
