@@ -13,11 +13,15 @@ from graphfold.options import (
     DataOption,
     DebugOption,
     DistillOption,
+    DtypeOption,
     JsonOption,
+    MinAgreementOption,
     ModelArgument,
+    PlotOption,
     PreprocessOption,
     QuietOption,
     SamplesOption,
+    SearchTimeOption,
 )
 from graphfold.targets import Targets
 from graphfold.terminal import STDIO, check_output
@@ -54,23 +58,8 @@ def _auto(
             show_default=False,
         ),
     ] = None,
-    min_agreement: Annotated[
-        float | None,
-        typer.Option(
-            "--min-agreement",
-            metavar="A",
-            help="The fastest network that gives the model's own class for a share A of inputs.",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype",
-            metavar="float32|int8|auto",
-            help="What the result computes in; auto compares float and INT8 and takes the better.",
-        ),
-    ] = "float32",
+    min_agreement: MinAgreementOption = None,
+    dtype: DtypeOption = "float32",
     out: Annotated[
         str | None,
         typer.Option(
@@ -85,10 +74,7 @@ def _auto(
         str | None,
         typer.Option("--plan-out", metavar="P", help="Also write the plan.", show_default=False),
     ] = None,
-    plot: Annotated[
-        str | None,
-        typer.Option("--plot", metavar="F.svg", help="Draw the frontier.", show_default=False),
-    ] = None,
+    plot: PlotOption = None,
     samples: SamplesOption = None,
     threads: Annotated[
         int,
@@ -97,16 +83,7 @@ def _auto(
     provider: Annotated[
         str, typer.Option("--provider", help="onnxruntime execution provider.")
     ] = "CPUExecutionProvider",
-    time_budget: Annotated[
-        float | None,
-        typer.Option(
-            "--time-budget",
-            metavar="MINUTES",
-            min=0.0,
-            help="The search ends after so long, in float and in INT8 each.",
-            show_default=False,
-        ),
-    ] = None,
+    time_budget: SearchTimeOption = None,
     distill: DistillOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

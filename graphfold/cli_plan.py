@@ -12,11 +12,15 @@ from graphfold.errors import UsageError
 from graphfold.options import (
     DataOption,
     DebugOption,
+    DtypeOption,
     JsonOption,
+    MinAgreementOption,
     ModelArgument,
+    PlotOption,
     PreprocessOption,
     QuietOption,
     SamplesOption,
+    SearchTimeOption,
     ShapeOption,
 )
 from graphfold.terminal import STDIO, check_output
@@ -167,40 +171,13 @@ def _plan(
     data: DataOption = None,
     preprocess: PreprocessOption = None,
     samples: SamplesOption = None,
-    min_agreement: Annotated[
-        float | None,
-        typer.Option(
-            "--min-agreement",
-            metavar="A",
-            help="With --data: the model's own class for a share A of held-back inputs.",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype",
-            metavar="float32|int8|auto",
-            help="With --data: what the result computes in.",
-        ),
-    ] = "float32",
-    time_budget: Annotated[
-        float | None,
-        typer.Option(
-            "--time-budget",
-            metavar="MINUTES",
-            min=0.0,
-            help="With --data: the search ends after so long, in float and in INT8 each.",
-            show_default=False,
-        ),
-    ] = None,
+    min_agreement: MinAgreementOption = None,
+    dtype: DtypeOption = "float32",
+    time_budget: SearchTimeOption = None,
     frontier: Annotated[
         bool, typer.Option("--frontier", help="List what there is to choose from.")
     ] = False,
-    plot: Annotated[
-        str | None,
-        typer.Option("--plot", metavar="F.svg", help="Draw the frontier.", show_default=False),
-    ] = None,
+    plot: PlotOption = None,
     method: Annotated[
         str,
         typer.Option(

@@ -68,6 +68,38 @@ SamplesOption = Annotated[
         show_default=False,
     ),
 ]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="float32|int8|auto",
+        help="With --data: what the result computes in; auto takes the better of float and INT8.",
+    ),
+]
+MinAgreementOption = Annotated[
+    float | None,
+    typer.Option(
+        "--min-agreement",
+        metavar="A",
+        help="With --data: the fastest network that gives the model's own class for a share A of "
+        "held-back inputs.",
+        show_default=False,
+    ),
+]
+SearchTimeOption = Annotated[
+    float | None,
+    typer.Option(
+        "--time-budget",
+        metavar="MINUTES",
+        min=0.0,
+        help="With --data: the search ends after so long, in float and in INT8 each.",
+        show_default=False,
+    ),
+]
+PlotOption = Annotated[
+    str | None,
+    typer.Option("--plot", metavar="F.svg", help="Draw the frontier.", show_default=False),
+]
 ToleranceOption = Annotated[
     float | None,
     typer.Option(
