@@ -20,7 +20,7 @@ from itertools import pairwise
 import onnx_ir as ir
 
 from graphfold.graph import Graph, is_op
-from graphfold.linear import variable_inputs
+from graphfold.linear import is_vector, variable_inputs
 
 # Asking for a tensor's shape lets none of its values flow.
 _SHAPE_ONLY = ("Shape", "Size")
@@ -145,7 +145,7 @@ class _Flow:
     def _side_inputs(self, node: ir.Node, read: Sequence[ir.Value]) -> frozenset[ir.Value]:
         if len(set(read)) < 2 or not is_op(node, *_SIDE_JOINS):
             return frozenset()
-        vectors = [value for value in read if _is_vector(self._graph, value)]
+        vectors = [value for value in read if is_vector(self._graph, value)]
         maps = [value for value in read if value not in vectors]
         origins = 0
         for value in maps:
@@ -191,12 +191,6 @@ def _idle(graph: Graph) -> set[ir.Node]:
         if is_op(node, *_SHAPE_ONLY) or not used:
             idle.add(node)
     return idle
-
-
-def _is_vector(graph: Graph, value: ir.Value) -> bool:
-    """Whether a tensor is known to be [N, C, 1, ..., 1]."""
-    sizes = graph.sizes(value)
-    return bool(sizes) and all(size == 1 for size in sizes or ())
 
 
 def _reversed(sources: Sequence[Sequence[int]]) -> list[list[int]]:

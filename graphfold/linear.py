@@ -351,6 +351,12 @@ def is_join(graph: Graph, node: ir.Node) -> bool:
     return len(variable_inputs(graph, node)) == len(node.inputs)
 
 
+def is_vector(graph: Graph, value: ir.Value) -> bool:
+    """Whether a tensor is known to be [N, C, 1, ..., 1]: added to a map, it is so to all pixels."""
+    sizes = graph.sizes(value)
+    return bool(sizes) and all(size == 1 for size in sizes or ())
+
+
 def join_geometries(
     node: ir.Node, parts: Sequence[Geometry], sizes: tuple[int | None, ...]
 ) -> Geometry:

@@ -32,6 +32,7 @@ from graphfold.rewrite import (
     provenance,
     replaced_labels,
 )
+from graphfold.vectors import added_vectors
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def segment_regions(work: Work) -> list[MergeCandidate]:
         producer = output.producer()
         if producer in work.barrier:
             continue
-        region = find_region(work.graph, source, output, order)
+        region = find_region(work.graph, source, output, order, vectors=True)
         found.append(MergeCandidate(region, segment))
     return found
 
@@ -73,7 +74,10 @@ def has_join(work: Work, region: Region) -> bool:
     """Whether a region is more than a chain: some tensor in it is read twice or summed."""
     from graphfold.linear import is_join
 
-    return any(is_join(work.graph, node) for node in region.nodes)
+    return any(
+        is_join(work.graph, node) and len(region.sources(work.graph, node)) > 1
+        for node in region.nodes
+    )
 
 
 def merged_geometry(work: Work, region: Region) -> Geometry:
@@ -81,12 +85,16 @@ def merged_geometry(work: Work, region: Region) -> Geometry:
     dtype = region_dtype(work, region)
     if dtype not in FLOAT_TYPES:
         raise NotExactError(f"its weights are {dtype.name if dtype else 'of unknown type'}")
-    return region_geometry(work.graph, region)
+    geometry = region_geometry(work.graph, region)
+    added_vectors(work.graph, region)
+    return geometry
 
 
 def current_region(work: Work, region: Region) -> Region:
     """The same region after merges before it: its entry may have been replaced since."""
-    return Region(work.graph.current(region.entry), region.output, region.nodes)
+    current = work.graph.current
+    aside = frozenset(map(current, region.aside))
+    return replace(region, entry=current(region.entry), aside=aside)
 
 
 def region_dtype(work: Work, region: Region) -> ir.DataType | None:
@@ -137,6 +145,11 @@ def replace_region(
     assert dtype is not None
     emitter = Emitter(graph, producer, output.name or "merged", metadata)
     result = emit_affine(emitter, region.entry, affine, _numpy(dtype), repair)
+    merged = nodes_between(region.entry, result)
+    for added in added_vectors(graph, region):
+        vector = emit_affine(emitter, added.value, added.affine(graph), _numpy(dtype), None)
+        result = emitter.node("Add", [result, vector])
+        merged |= {node for node in (result.producer(),) if node is not None}
     final = without_cropping(affine)
     fold = Fold(
         output=output.name or "",
@@ -152,9 +165,12 @@ def replace_region(
         macs=macs,
         input=region.entry.name,
     )
-    fold = put_in_place(work, region.nodes, output, result, fold, final)
+    # With vectors from the side, the output is no longer what the convolution makes of its input.
+    fold = put_in_place(
+        work, region.nodes, output, result, fold, None if region.aside else final
+    )
     if segment is not None:
-        work.barrier.update(nodes_between(region.entry, result))
+        work.barrier.update(merged)
     return fold
 
 

@@ -80,7 +80,9 @@ class Segment(_Strict):
         default_factory=list, description="conv sites inside to remove with their normalisation"
     )
     norm: Literal["after", "drop"] | None = Field(
-        default=None, description="for segments that hold a GroupNorm"
+        default=None,
+        description="for segments that hold normalisations by groups: after puts the last one, "
+        "with its parameters, behind the result; drop leaves all of them out",
     )
 
     @property
@@ -339,8 +341,8 @@ def _segment_contradictions(path: str, segment: Segment) -> Iterable[Problem]:
         yield Problem(f"{path}.weights", f"family {segment.family} is fitted: say regress")
     elif segment.boundary is None and segment.family != "identity":
         yield Problem(f"{path}.boundary", "is required for weights: merge", "exact or hoist")
-    if segment.norm is not None:
-        yield Problem(f"{path}.norm", "normalisation in a segment is not available in this version")
+    if segment.norm is not None and segment.family == "identity":
+        yield Problem(f"{path}.norm", "what is dropped has no normalisation", "leave norm out")
     if segment.rank is not None and segment.family != "low_rank":
         yield Problem(f"{path}.rank", "belongs to family: low_rank")
     if segment.width is not None and segment.family != "narrow":

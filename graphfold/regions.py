@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from graphfold.linear import (
     LinearOperator,
     constant_shape,
     is_join,
+    is_vector,
     join_affines,
     join_geometries,
     linear_operator,
@@ -29,17 +30,41 @@ _WEIGHTED = frozenset({"Conv", "BatchNormalization", "Pad", "Dropout"})
 
 @dataclass(frozen=True)
 class Region:
-    """A single-entry single-exit subgraph, its nodes in execution order."""
+    """A single-entry single-exit subgraph.
+
+    Attributes:
+        entry, output: where it begins and ends.
+        nodes: in execution order.
+        aside: what else its sums add, which is no part of what the region makes of its entry.
+        sizes: of the entry's spatial axes, where its own shape does not say.
+    """
 
     entry: ir.Value
     output: ir.Value
     nodes: tuple[ir.Node, ...]
+    aside: frozenset[ir.Value] = frozenset()
+    sizes: tuple[int | None, ...] | None = None
+
+    def sources(self, graph: Graph, node: ir.Node) -> list[ir.Value]:
+        """What a node in it reads of what comes from the entry."""
+        return [value for value in variable_inputs(graph, node) if value not in self.aside]
 
 
 def find_region(
-    graph: Graph, entry: ir.Value, output: ir.Value, order: dict[ir.Node, int]
+    graph: Graph,
+    entry: ir.Value,
+    output: ir.Value,
+    order: dict[ir.Node, int],
+    *,
+    vectors: bool = False,
 ) -> Region:
     """The subgraph between two tensors.
+
+    Args:
+        graph: not changed.
+        entry, output: where it begins and ends.
+        order: of the graph's nodes.
+        vectors: from elsewhere vectors may enter that are added to all pixels alike.
 
     Raises:
         NotExactError: something other than `entry` enters or something other than `output`
@@ -50,27 +75,47 @@ def find_region(
         for node in topological_between(entry, output, order)
         if not all(graph.is_constant(value) for value in node.outputs)
     ]
-    _check_single_entry(graph, nodes, entry, output)
+    behind = _behind(nodes, entry)
+    if output not in behind:
+        raise NotExactError(f"{output.name!r} does not depend on {entry.name!r}")
+    nodes = [node for node in nodes if not behind.isdisjoint(node.outputs)]
+    aside = frozenset(_added_vectors(graph, nodes, behind)) if vectors else frozenset()
+    _check_single_entry(graph, nodes, behind | aside)
     inside = set(nodes)
     _check_single_exit(nodes, inside, output)
-    return Region(entry, output, tuple(nodes))
+    return Region(entry, output, tuple(nodes), aside)
 
 
-def _check_single_entry(
-    graph: Graph, nodes: Iterable[ir.Node], entry: ir.Value, output: ir.Value
-) -> None:
-    """Every tensor that nodes behind `entry` read must come from it, or be constant."""
+def _behind(nodes: Iterable[ir.Node], entry: ir.Value) -> set[ir.Value]:
+    """The entry, and everything that nodes in execution order make of it."""
     behind = {entry}
     for node in nodes:
         if not behind.isdisjoint(node.inputs):
             behind.update(node.outputs)
-    if output not in behind:
-        raise NotExactError(f"{output.name!r} does not depend on {entry.name!r}")
+    return behind
+
+
+def _added_vectors(
+    graph: Graph, nodes: Iterable[ir.Node], behind: Collection[ir.Value]
+) -> Iterator[ir.Value]:
+    """Vectors of as many channels as what they are added to, computed elsewhere."""
     for node in nodes:
-        if behind.isdisjoint(node.outputs):
-            continue
+        sources = variable_inputs(graph, node)
+        channels = {graph.channels(value) for value in sources if value in behind}
+        if is_op(node, "Add", "Sum") and len(channels) == 1:
+            for value in sources:
+                if is_vector(graph, value) and value not in behind:
+                    if graph.channels(value) in channels - {None}:
+                        yield value
+
+
+def _check_single_entry(
+    graph: Graph, nodes: Iterable[ir.Node], allowed: Collection[ir.Value]
+) -> None:
+    """Every tensor that nodes behind the entry read must be allowed, or constant."""
+    for node in nodes:
         for value in variable_inputs(graph, node):
-            if value not in behind:
+            if value not in allowed:
                 raise NotExactError(
                     f"it is not single-entry: {value.name!r} enters at {node_label(node)!r}"
                 )
@@ -129,7 +174,7 @@ def region_macs(graph: Graph, region: Region, sizes: Sequence[int]) -> int:
     known = {region.entry: (channels, tuple(sizes))}
     total = 0
     for node in region.nodes:
-        sources = variable_inputs(graph, node)
+        sources = region.sources(graph, node)
         if is_join(graph, node):
             joined = sum(known[source][0] for source in sources)
             width = joined if is_op(node, "Concat") else known[sources[0]][0]
@@ -154,7 +199,7 @@ def _walk(
 ) -> Any:
     """Evaluate a region forward; geometries and affine convolutions walk the same way."""
     rank, channels = entry_rank_and_channels(graph, region)
-    sizes = graph.sizes(region.entry) or (None,) * rank
+    sizes = region.sizes or graph.sizes(region.entry) or (None,) * rank
     if len(sizes) != rank:
         raise NotExactError(f"{region.entry.name!r} has {len(sizes)} spatial axes, not {rank}")
     # A tensor is its last operator after what came before: normalisation folds into the operator
@@ -172,7 +217,7 @@ def _walk(
 
     for node in region.nodes:
         output = node.outputs[0]
-        sources = variable_inputs(graph, node)
+        sources = region.sources(graph, node)
         if is_join(graph, node):
             joined = join(node, [whole(source) for source in sources], sizes)
             values[output] = (None, joined)

@@ -5,25 +5,24 @@ All problems are collected before anything is changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import onnx_ir as ir
 
 from graphfold.errors import NotExactError, PlanError, Problem
 from graphfold.graph import Graph, TensorShape, node_label
 from graphfold.importers import expand_short_forms
+from graphfold.linear import is_join
+from graphfold.norms import NormSite, find_norms
 from graphfold.plan import Activation, LikeActivation, Plan, Segment, nearest
-from graphfold.regions import find_region
+from graphfold.regions import Region, find_region
 from graphfold.sites import ActivationSite, ConvSite, Sites, find_sites
 from graphfold.specs import describe_shape
+from graphfold.steps import Step
 
 Site = TypeVar("Site", ActivationSite, ConvSite)
-
-# Operator, arguments ("x" is what the activation reads, integers are earlier steps, arrays and
-# floats are constants, None is left out), attributes.
-Step = tuple[str, tuple[Any, ...], Mapping[str, Any]]
 
 
 @dataclass
@@ -37,6 +36,7 @@ class ResolvedSegment:
     nodes: frozenset[ir.Node]
     activations: tuple[ActivationSite, ...] = ()
     convs: tuple[ConvSite, ...] = ()
+    norms: tuple[NormSite, ...] = ()
 
 
 @dataclass
@@ -84,6 +84,7 @@ class _Resolver:
         self.values = graph.values()
         self.activations = {site.name: site for site in sites.activations}
         self.convs = {site.name: site for site in sites.convs}
+        self.norms = find_norms(graph)
         self.problems: list[Problem] = []
 
     def resolve(self, plan: Plan, paths: Sequence[str]) -> ResolvedPlan:
@@ -115,8 +116,9 @@ class _Resolver:
         output = self.value(f"{path}.output", spec.output)
         if source is None or output is None:
             return None
+        is_merged = not spec.is_fitted and spec.family != "identity"
         try:
-            region = find_region(self.graph, source, output, self.sites.order)
+            region = find_region(self.graph, source, output, self.sites.order, vectors=is_merged)
         except NotExactError as error:
             self.problems.append(
                 Problem(
@@ -131,7 +133,36 @@ class _Resolver:
         self.check_inside(f"{path}.remove_convs", spec.remove_convs, segment.convs, nodes)
         if spec.family == "identity":
             self.check_same_shape(segment)
+        if is_merged:
+            segment.norms = tuple(self.segment_norms(segment, region))
         return segment
+
+    def segment_norms(self, segment: ResolvedSegment, region: Region) -> list[NormSite]:
+        """The normalisations by groups inside, which the plan must say what becomes of."""
+        path, stated = f"{segment.path}.norm", segment.spec.norm
+        found = [site for site in self.norms if segment.nodes.issuperset(site.nodes)]
+        if not found:
+            if stated is not None:
+                what = "the segment holds no normalisation by groups"
+                self.problems.append(Problem(path, what, "leave norm out"))
+        elif stated is None:
+            what = f"the segment holds {found[-1].name!r}, which normalises by groups"
+            hint = "norm: after puts it behind the result, norm: drop leaves it out"
+            self.problems.append(Problem(path, what, hint))
+        elif stated == "after":
+            reason = self.why_not_after(segment, region, found[-1])
+            if reason is not None:
+                self.problems.append(Problem(path, reason, "norm: drop leaves it out"))
+        return found
+
+    def why_not_after(
+        self, segment: ResolvedSegment, region: Region, norm: NormSite
+    ) -> str | None:
+        """Why a normalisation cannot stand behind its segment, or None."""
+        for node in region.nodes:
+            if is_join(self.graph, node) and len(region.sources(self.graph, node)) > 1:
+                return f"{norm.name!r} would move out of a branch, behind {node.outputs[0].name!r}"
+        return norm.why_not_on(self.graph.channels(segment.output))
 
     def check_same_shape(self, segment: ResolvedSegment) -> None:
         """What is dropped must leave a tensor of the shape that its readers expect."""

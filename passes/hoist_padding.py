@@ -79,12 +79,15 @@ class _Hoist:
         self.edges: dict[tuple[ir.Node, int], Margin] = {}
         self.margins: dict[ir.Value, Margin] = {}
         self.nodes: tuple[ir.Node, ...] = ()
+        # Vectors added to all pixels have no margin.
+        self.aside: frozenset[ir.Value] = frozenset()
         self.rank = 0
 
     def plan(self) -> str | None:
         """Compute all margins; returns why that is not possible, or None."""
         try:
-            region = find_region(self.graph, self.entry, self.output, self.order)
+            region = find_region(self.graph, self.entry, self.output, self.order, vectors=True)
+            self.aside = region.aside
             self.nodes = region.nodes
             self.rank, _ = entry_rank_and_channels(self.graph, region)
             for node in reversed(region.nodes):
@@ -108,7 +111,7 @@ class _Hoist:
         sources = [
             index
             for index, value in enumerate(node.inputs)
-            if value is not None and not self.graph.is_constant(value)
+            if value is not None and not self.graph.is_constant(value) and value not in self.aside
         ]
         needed = margin
         if is_op(node, "Conv", "AveragePool"):
@@ -177,7 +180,7 @@ class _Hoist:
         return found
 
     def apply(self) -> None:
-        """Write paddings and crops into the graph; shapes inside are no longer known."""
+        """Write paddings and crops into the graph; sizes inside are no longer known."""
         amounts = {node: self._amounts(node) for node in self.pads}
         for (node, index), deficit in self._deficits().items():
             if not is_op(node, "Pad"):
@@ -191,7 +194,9 @@ class _Hoist:
             for value in node.outputs:
                 if value is not self.output and value.name is not None:
                     value.shape = None
-                    self.graph.shapes.pop(value.name, None)
+                    shape = self.graph.shapes.pop(value.name, None)
+                    if shape is not None:
+                        self.graph.shapes[value.name] = (*shape[:2], *[None] * self.rank)
 
     def _set_window_pads(self, node: ir.Node, pads: Margin) -> None:
         if any(begin < 0 or end < 0 for begin, end in pads):

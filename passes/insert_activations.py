@@ -8,16 +8,14 @@ LayerMerge appendix A). What leaves keeps the tensor's name; the tensor before t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import onnx_ir as ir
-
-from graphfold.graph import Graph
-from graphfold.resolve import AddedAt, Step
+from graphfold.resolve import AddedAt
 from graphfold.rewrite import Pass, Phase, Work
+from graphfold.steps import Step, insert_behind
 
 _SINCE = {"GELU": 9}  # opsets without the operators that a function is made of
 
@@ -49,79 +47,11 @@ class InsertActivations(Pass):
         """Build the activation behind the tensor and let it take the tensor's name."""
         graph, value = work.graph, candidate.value
         work.plan.added = [added for added in work.plan.added if added is not candidate]
-        readers, name = list(value.uses()), value.name or ""
-        is_input = value.is_graph_input()
-        shape = graph.shape(value)
-        if not is_input:
-            graph.rename(value, graph.fresh_name(name))
         steps: Sequence[Step] = candidate.steps or _spelling(str(candidate.activation), graph.opset)
-        result = _Builder(graph, value, name).build(steps)
-        result.type, result.shape = value.type, value.shape
-        for usage in readers:
-            usage.node.replace_input_with(usage.idx, result)
-        if not is_input:
-            # An input of the graph keeps its name; all others leave theirs to what follows them.
-            if value.is_graph_output():
-                outputs = graph.ir.outputs
-                outputs[list(outputs).index(value)] = result
-            result.metadata_props.update(value.metadata_props)
-            graph.rename(result, name)
-        if shape is not None:
-            graph.shapes[result.name or ""] = shape
+        result = insert_behind(graph, value, steps)
         for segment in work.plan.segments:
             if segment.input is value:
                 segment.input = result
-
-
-class _Builder:
-    """Appends nodes behind a tensor."""
-
-    def __init__(self, graph: Graph, value: ir.Value, base: str) -> None:
-        self.graph = graph
-        self.value = value
-        self.base = base
-        producer = value.producer()
-        self.after = producer
-        dtype = graph.dtype(value) or ir.DataType.FLOAT
-        self.dtype = dtype.numpy()
-
-    def build(self, steps: Sequence[Step]) -> ir.Value:
-        """Add the nodes of an activation; returns what it computes."""
-        results: list[ir.Value] = []
-        for op_type, arguments, attributes in steps:
-            inputs = [self._argument(argument, results) for argument in arguments]
-            results.append(self._node(op_type, inputs, attributes))
-        return results[-1]
-
-    def _argument(self, argument: Any, results: Sequence[ir.Value]) -> ir.Value | None:
-        if argument is None:
-            return None
-        if isinstance(argument, str):
-            return self.value
-        if isinstance(argument, int):
-            return results[argument]
-        if isinstance(argument, float):
-            argument = np.asarray(argument, dtype=self.dtype)
-        return self.graph.add_initializer(self.base, argument)
-
-    def _node(
-        self, op_type: str, inputs: list[ir.Value | None], attributes: Mapping[str, Any]
-    ) -> ir.Value:
-        attrs = [
-            value if isinstance(value, ir.Attr) else ir.convenience.convert_attribute(key, value)
-            for key, value in attributes.items()
-        ]
-        node = ir.Node("", op_type, inputs, attrs)
-        if self.after is None:
-            first = next(iter(self.graph.ir), None)
-            assert first is not None
-            self.graph.ir.insert_before(first, node)
-        else:
-            self.graph.ir.insert_after(self.after, node)
-        self.after = node
-        node.outputs[0].name = self.graph.fresh_name(self.base)
-        node.name = node.outputs[0].name
-        return node.outputs[0]
 
 
 def _spelling(activation: str, opset: int) -> list[Step]:
