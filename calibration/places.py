@@ -67,7 +67,9 @@ class Segment:
 
 def find_places(graph: Graph) -> Iterator[Segment]:
     """Segments that something else may replace: with an activation inside, sizes fixed."""
-    for candidate in find_candidates(graph).found:
+    for candidate in find_candidates(graph, move_norms=False).found:
+        if candidate.aside:
+            continue  # what replaces it reads its input alone
         if candidate.activations or candidate.adds:
             found = _segment(graph, candidate)
             if found is not None:

@@ -22,6 +22,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from graphfold.calibration.behind import with_what_stays
 from graphfold.candidates import Candidate
 from graphfold.choices import Choice
 from graphfold.cuts import Step
@@ -218,19 +219,24 @@ class Snippets:
         return self._snippet(tuple(sources), nodes, nodes[-1].outputs[0], fold=True)
 
     def chosen(self, candidate: Candidate, choice: Choice) -> Snippet:
-        """The convolution that a segment becomes, and the activation that stays behind it."""
-        return self.fitted(candidate, choice.family, choice.kernel, None)
+        """The convolution that a segment becomes, and what stays behind it."""
+        conv = self._conv(candidate, choice.family, choice.kernel, candidate.choices[0].stride)
+        return self._followed(candidate, with_what_stays(self.graph, candidate, conv))
 
     def fitted(
         self, candidate: Candidate, family: Family, kernel: Shape, rank: int | None
     ) -> Snippet:
         """A convolution of any family in a segment's place; two of them for a low rank."""
-        site = self._after.get(candidate.output)
         stride = candidate.choices[0].stride
         if rank is None:
             conv = self._conv(candidate, family, kernel, stride)
         else:
             conv = self._two_convs(candidate, kernel, stride, rank)
+        return self._followed(candidate, conv)
+
+    def _followed(self, candidate: Candidate, conv: Snippet) -> Snippet:
+        """What stands in a segment's place, and the activation that stays behind it."""
+        site = self._after.get(candidate.output)
         if site is None or not self._is_alone(site):
             return conv
         rest = self._snippet((site.input,), site.nodes, site.output, fold=False)

@@ -10,8 +10,8 @@ weights have the largest l1 norm stands for all (its equation 3). A convolution 
 longer segment holds and that reads no activation may go by itself, as one behind upsampling.
 
 Two things inside a segment are not linear and yet no obstacle. A vector that other inputs add to
-all pixels goes through the convolutions behind it as a vector. And where it is asked for, a
-normalisation by groups may move behind the run, if the result has its channels.
+all pixels goes through the convolutions behind it as a vector. And of several normalisations by
+groups the last one may move behind the run, if the result has its channels.
 
 Reasons are kept for what is excluded: the first operator that is not linear, or a kernel above one
 behind a stride, where (k - 1) * stride + 1 taps are legal algebra and never pay.
@@ -32,7 +32,8 @@ from graphfold.choices import Choice, MisfitError, Window, choices
 from graphfold.flow import Flow, FlowChain, find_flow
 from graphfold.graph import Graph, attribute, is_op, only_consumer
 from graphfold.linear import OPERATORS, is_join, variable_inputs
-from graphfold.norms import NormSite, find_norms
+from graphfold.norms import NormSite, find_norms, only_normalised
+from graphfold.plan import Norm
 from graphfold.sites import ActivationSite, ConvSite, Sites, find_sites
 
 # Beyond this many taps along an axis no merge has ever paid. Both bound the work on long runs.
@@ -52,6 +53,8 @@ class Candidate:
         choices: by kernel, largest first.
         adds: whether the segment holds a residual Add or joins branches otherwise.
         norms: normalisations inside that the plan must move behind the segment or drop.
+        norm: which of the two: the last one moves behind, unless the result is normalised anyway.
+        aside: vectors from the side that it adds to all pixels.
     """
 
     input: ir.Value
@@ -62,6 +65,8 @@ class Candidate:
     choices: tuple[Choice, ...]
     adds: bool
     norms: tuple[NormSite, ...] = ()
+    norm: Norm | None = None
+    aside: tuple[ir.Value, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def find_candidates(
     graph: Graph,
     sites: Sites | None = None,
     *,
-    move_norms: bool = False,
+    move_norms: bool = True,
     compat: Literal["layermerge"] | None = None,
 ) -> Candidates:
     """Every segment that one convolution may replace, in order of input and output.
@@ -125,7 +130,8 @@ def find_candidates(
     Args:
         graph: not changed.
         sites: its sites, where they are known already.
-        move_norms: segments may hold normalisations by groups, which move behind them.
+        move_norms: segments may hold normalisations by groups, which move behind them, or go
+            where the result is normalised anyway.
         compat: layermerge ends segments at every strided convolution that is not depthwise,
             where ours may go on with a pointwise one behind it, and over the Add behind that.
     """
@@ -185,17 +191,14 @@ def _why_norm_leaves(segment: _Segment) -> str | None:
     if not segment.norms or segment.join is None:
         return None
     *_, last = segment.norms
-    return f"{last.name!r} would move out of a branch, behind {segment.join.outputs[0].name!r}"
+    return f"{last.name!r} would leave its branch at {segment.join.outputs[0].name!r}"
 
 
 def _why_norm_misfits(segment: _Segment) -> str | None:
-    channels = segment.convs[-1].out_channels if segment.convs else None
-    for norm in segment.norms:
-        if norm.channels != channels:
-            return (
-                f"{norm.name!r} normalises {norm.channels} channels and the result has {channels}"
-            )
-    return None
+    if not segment.norms or not segment.convs:
+        return None
+    *_, last = segment.norms
+    return last.why_not_on(segment.convs[-1].out_channels)
 
 
 class _Search:
@@ -219,7 +222,8 @@ class _Search:
             self.begins[site.input].append(site)
         self.activation_of = {node: site for site in sites.activations for node in site.nodes}
         self.activated = {site.input: site for site in sites.activations}
-        self.norm_of = {node: site for site in find_norms(graph) for node in site.nodes}
+        self.norms = find_norms(graph)
+        self.norm_of = {node: site for site in self.norms for node in site.nodes}
         self.move_norms = move_norms
         self.gate_of = {node: gate for gate in sites.gates for node in gate.nodes}
         strided = [site for site in sites.convs if max(_strides(site.conv)) > 1]
@@ -248,7 +252,8 @@ class _Search:
             reason = self._why_not_taken(segment, step, target)
             if reason is None and step and self._ends_at(chain, end):
                 reason = _why_norm_leaves(segment)
-                misfit = _why_norm_misfits(segment)
+                drops = only_normalised(target, self.norms)
+                misfit = None if drops else _why_norm_misfits(segment)
                 if reason is None and misfit is not None:
                     yield Exclusion(source.name or "", target.name or "", misfit)
                 elif reason is None and segment.convs:
@@ -330,6 +335,8 @@ class _Search:
         return None
 
     def _candidate(self, segment: _Segment, target: ir.Value) -> Candidate:
+        drops = only_normalised(target, self.norms)
+        aside = {value for node in segment.nodes for value in self.side_inputs.get(node, ())}
         return Candidate(
             input=segment.source,
             output=target,
@@ -339,6 +346,8 @@ class _Search:
             choices=tuple(choices(segment.window, segment.convs, self._l1)),
             adds=segment.join is not None,
             norms=tuple(segment.norms),
+            norm=None if not segment.norms else "drop" if drops else "after",
+            aside=tuple(value for node in segment.nodes for value in node.inputs if value in aside),
         )
 
     def _l1(self, site: ConvSite) -> float:

@@ -65,7 +65,7 @@ def _identity(candidate: Candidate) -> Choice:
 
 
 def _keeps_shape(candidates: Candidates, candidate: Candidate) -> bool:
-    if candidate.norms:
+    if candidate.norms or candidate.aside:
         return False
     if len(candidate.convs) == 1 and not candidate.adds:
         return candidate.convs[0].removable

@@ -521,6 +521,7 @@ def _inferred(model: Model, proto: onnx.ModelProto) -> dict[str, TensorShape]:
     from graphfold.check import shorten_default_domain
 
     shorten_default_domain(proto)
+    _show_shapes_to_onnx(proto.graph)
     inferred = proto
     if guard.avoided(guard.INFERENCE) is None:
         # onnx raises several kinds of errors; declared shapes remain.
@@ -528,6 +529,15 @@ def _inferred(model: Model, proto: onnx.ModelProto) -> dict[str, TensorShape]:
             inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     _keep_subgraph_shapes(inferred.graph, model.ir.graph)
     return _proto_shapes(inferred.graph)
+
+
+def _show_shapes_to_onnx(graph: Any) -> None:
+    """Put an Identity where a result has its input's shape and onnx cannot tell, in a copy."""
+    for node in graph.node:
+        if node.op_type == "GroupNormalization" and not node.domain:
+            node.op_type = "Identity"
+            del node.input[1:]
+            del node.attribute[:]
 
 
 def _proto_shapes(graph: Any) -> dict[str, TensorShape]:

@@ -14,8 +14,9 @@ from itertools import pairwise
 import onnx_ir as ir
 
 from graphfold.errors import PlanError, Problem
-from graphfold.graph import Graph, is_op, only_consumer
+from graphfold.graph import Graph, is_op, nodes_between, only_consumer
 from graphfold.linear import is_join
+from graphfold.norms import find_norms
 from graphfold.plan import Activation, AddedActivation, Boundary, Plan, Segment
 from graphfold.segments import (
     InvertedResidual,
@@ -211,8 +212,15 @@ def _index_segment(
         boundary=boundary,
         activation=activation,
         remove_convs=removed,
+        norm="after" if _holds_norm(graph, source, output) else None,
     )
     return segment, added
+
+
+def _holds_norm(graph: Graph, source: ir.Value, output: ir.Value) -> bool:
+    """Whether a segment holds a normalisation by groups, which LayerMerge moves behind it."""
+    inside = nodes_between(source, output)
+    return any(inside.issuperset(site.nodes) for site in find_norms(graph))
 
 
 def _check_indices(

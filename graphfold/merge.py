@@ -147,7 +147,9 @@ def replace_region(
     result = emit_affine(emitter, region.entry, affine, _numpy(dtype), repair)
     merged = nodes_between(region.entry, result)
     for added in added_vectors(graph, region):
-        vector = emit_affine(emitter, added.value, added.affine(graph), _numpy(dtype), None)
+        vector = added.value
+        if added.is_changed:
+            vector = emit_affine(emitter, vector, added.affine(graph), _numpy(dtype), None)
         result = emitter.node("Add", [result, vector])
         merged |= {node for node in (result.producer(),) if node is not None}
     final = without_cropping(affine)
@@ -166,9 +168,7 @@ def replace_region(
         input=region.entry.name,
     )
     # With vectors from the side, the output is no longer what the convolution makes of its input.
-    fold = put_in_place(
-        work, region.nodes, output, result, fold, None if region.aside else final
-    )
+    fold = put_in_place(work, region.nodes, output, result, fold, None if region.aside else final)
     if segment is not None:
         work.barrier.update(merged)
     return fold

@@ -43,7 +43,9 @@ class NormSite:
     def why_not_on(self, channels: int | None) -> str | None:
         """Why it cannot normalise a tensor of so many channels, or None."""
         if channels != self.channels:
-            return f"{self.name!r} normalises {self.channels} channels and the result has {channels}"
+            return (
+                f"{self.name!r} normalises {self.channels} channels and the result has {channels}"
+            )
         if channels % self.groups:
             return f"the {self.groups} groups of {self.name!r} do not divide {channels} channels"
         return None
@@ -89,8 +91,8 @@ def _kernel(site: NormSite) -> ir.Node:
 
 def _constant(graph: Graph, node: ir.Node) -> NDArray[np.generic]:
     found = [graph.constant(value) for value in node.inputs if graph.is_constant(value)]
-    assert found and found[0] is not None
-    return found[0]
+    (constant,) = (each for each in found if each is not None)
+    return constant
 
 
 def _norms(graph: Graph) -> Iterator[NormSite]:

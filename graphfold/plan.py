@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from graphfold.errors import PlanError, Problem
 
 Boundary = Literal["exact", "hoist"]
+Norm = Literal["after", "drop"]
 Family = Literal["dense", "depthwise", "pointwise", "low_rank", "narrow", "identity"]
 ActivationName = Literal["Relu", "Relu6", "HardSwish", "SiLU", "Sigmoid", "Tanh", "GELU", "Mish"]
 TensorName = Annotated[str, Field(min_length=1)]
@@ -79,7 +80,7 @@ class Segment(_Strict):
     remove_convs: list[TensorName] = Field(
         default_factory=list, description="conv sites inside to remove with their normalisation"
     )
-    norm: Literal["after", "drop"] | None = Field(
+    norm: Norm | None = Field(
         default=None,
         description="for segments that hold normalisations by groups: after puts the last one, "
         "with its parameters, behind the result; drop leaves all of them out",

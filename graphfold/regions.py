@@ -60,11 +60,7 @@ def find_region(
 ) -> Region:
     """The subgraph between two tensors.
 
-    Args:
-        graph: not changed.
-        entry, output: where it begins and ends.
-        order: of the graph's nodes.
-        vectors: from elsewhere vectors may enter that are added to all pixels alike.
+    With `vectors`, what is added to all pixels alike may enter from elsewhere.
 
     Raises:
         NotExactError: something other than `entry` enters or something other than `output`
@@ -103,10 +99,13 @@ def _added_vectors(
         sources = variable_inputs(graph, node)
         channels = {graph.channels(value) for value in sources if value in behind}
         if is_op(node, "Add", "Sum") and len(channels) == 1:
-            for value in sources:
-                if is_vector(graph, value) and value not in behind:
-                    if graph.channels(value) in channels - {None}:
-                        yield value
+            known = channels - {None}
+            outside = [value for value in sources if value not in behind]
+            yield from (
+                value
+                for value in outside
+                if is_vector(graph, value) and graph.channels(value) in known
+            )
 
 
 def _check_single_entry(

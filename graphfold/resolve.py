@@ -155,13 +155,11 @@ class _Resolver:
                 self.problems.append(Problem(path, reason, "norm: drop leaves it out"))
         return found
 
-    def why_not_after(
-        self, segment: ResolvedSegment, region: Region, norm: NormSite
-    ) -> str | None:
+    def why_not_after(self, segment: ResolvedSegment, region: Region, norm: NormSite) -> str | None:
         """Why a normalisation cannot stand behind its segment, or None."""
         for node in region.nodes:
             if is_join(self.graph, node) and len(region.sources(self.graph, node)) > 1:
-                return f"{norm.name!r} would move out of a branch, behind {node.outputs[0].name!r}"
+                return f"{norm.name!r} would leave its branch at {node.outputs[0].name!r}"
         return norm.why_not_on(self.graph.channels(segment.output))
 
     def check_same_shape(self, segment: ResolvedSegment) -> None:

@@ -53,6 +53,7 @@ class InspectedSegment:
             "convs": [site.name for site in each.convs],
             "activations": [site.name for site in each.activations],
             "joins": each.adds,
+            "norm": each.norm,
             "macs": self.macs,
             "choices": [
                 _choice_json(choice, macs)
@@ -117,12 +118,16 @@ def segment_table(segments: Sequence[InspectedSegment], *, whole: bool) -> Table
     shown = segments if whole else sorted(several, key=lambda each: -each.saved)[:_SHORT]
     entries = sum(len(each.candidate.choices) for each in segments)
     title = f"Segments that one convolution may replace ({len(segments)}, {entries} kernels in all)"
-    note = None
+    notes = []
     if len(shown) < len(segments):
-        note = (
+        notes.append(
             f"The {len(shown)} that save most of {len(several)} with several convolutions; "
             "--segments shows all, --json has everything."
         )
+    count = sum(each.candidate.norm is not None for each in segments)
+    if count:
+        notes.append(f"{count} hold normalisations by groups: a plan says what becomes of them.")
+    note = " ".join(notes) or None
     columns = ("input", "output", "kernels", "convs", "acts", "MACs now", "merged")
     rows = [_segment_row(each) for each in shown]
     return make_table(title, columns, rows, text_columns=3, note=note)

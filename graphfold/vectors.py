@@ -30,6 +30,11 @@ class AddedVector:
     value: ir.Value
     tail: Region
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether anything stands behind the sum."""
+        return len(self.tail.nodes) > 1
+
     def affine(self, graph: Graph) -> AffineConv:
         """The 1x1 convolution, without a bias, that makes of it what is added behind the region."""
         whole = region_affine(graph, self.tail)

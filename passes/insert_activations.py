@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+
 from graphfold.resolve import AddedAt
 from graphfold.rewrite import Pass, Phase, Work
 from graphfold.steps import Step, insert_behind

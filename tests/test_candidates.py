@@ -368,28 +368,29 @@ def normalised(channels: int = 4, skip: bool = False, spelling: str = "reshape")
 
 
 @pytest.mark.parametrize("spelling", ["reshape", "operator"])
-def test_a_normalisation_by_groups_moves_where_it_is_asked_for(spelling: str) -> None:
+def test_a_normalisation_by_groups_moves_unless_it_is_to_stay(spelling: str) -> None:
     proto = normalised(spelling=spelling)
-    stays = candidates(proto)
+    stays = candidates(proto, move_norms=False)
     assert ends(stays) == [("x", "c"), ("r", "d")]
     assert any("normalises by statistics" in reason for reason in reasons(stays).values())
-    moves = candidates(proto, move_norms=True)
+    moves = candidates(proto)
     assert ends(moves) == [("x", "c"), ("x", "d"), ("r", "d")]
     (norm,) = at(moves, "x", "d").norms
-    assert (norm.name, norm.channels) == ("n", 4)
+    assert (norm.name, norm.channels, norm.groups) == ("n", 4, 2)
+    assert at(moves, "x", "d").norm == "after"
     assert not at(moves, "x", "c").norms
 
 
 def test_a_normalisation_of_other_channels_does_not_move() -> None:
-    found = candidates(normalised(channels=6), move_norms=True)
+    found = candidates(normalised(channels=6))
     assert ends(found) == [("x", "c"), ("r", "d")]
     assert reasons(found)["x", "d"] == "'n' normalises 4 channels and the result has 6"
 
 
 def test_a_normalisation_does_not_move_out_of_its_branch() -> None:
-    found = candidates(normalised(skip=True), move_norms=True)
+    found = candidates(normalised(skip=True))
     assert ends(found) == [("x", "c"), ("x", "d"), ("r", "d")]
-    assert reasons(found)["x", "s"] == "'n' would move out of a branch, behind 's'"
+    assert reasons(found)["x", "s"] == "'n' would leave its branch at 's'"
 
 
 # --- against the definition -----------------------------------------------------------------------

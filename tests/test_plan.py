@@ -246,7 +246,11 @@ def test_all_problems_come_at_once():
             "segments[0].weights",
             "say regress",
         ),
-        ({"segments": [{**SEGMENT, "norm": "after"}]}, "segments[0].norm", "not available"),
+        (
+            {"segments": [{**SEGMENT, "family": "identity", "norm": "after"}]},
+            "segments[0].norm",
+            "what is dropped has no normalisation",
+        ),
         ({"segments": [{**SEGMENT, "rank": 2}]}, "segments[0].rank", "family: low_rank"),
         ({"segments": [{**SEGMENT, "width": 2}]}, "segments[0].width", "family: narrow"),
         (

@@ -72,8 +72,7 @@ def graph_of(name: str) -> Graph:
 @functools.cache
 def counted(name: str, compat: str | None = None) -> Counted:
     graph = graph_of(name)
-    norms = name == "ddpm"
-    candidates = find_candidates(graph, move_norms=norms, compat=compat)
+    candidates = find_candidates(graph, compat=compat)
     numbered = main_path_convs(graph, candidates.sites)
     if name == "ddpm":
         numbered = [site for site in numbered if not site.pointwise]
@@ -164,7 +163,7 @@ def test_ddpm() -> None:
 
 def test_ddpm_where_normalisations_stay() -> None:
     graph = graph_of("ddpm")
-    found = find_candidates(graph)
+    found = find_candidates(graph, move_norms=False)
     assert all(len(each.convs) == 1 for each in found.found)
     assert any("normalises by statistics" in each.reason for each in found.excluded)
 
