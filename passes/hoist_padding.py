@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphfold.errors import NotExactError
-from graphfold.graph import is_op, node_label
+from graphfold.graph import TensorShape, is_op, node_label
 from graphfold.linear import conv_axes, zero_padding
 from graphfold.regions import entry_rank_and_channels, find_region
 from graphfold.resolve import ResolvedSegment
@@ -194,9 +194,7 @@ class _Hoist:
             for value in node.outputs:
                 if value is not self.output and value.name is not None:
                     value.shape = None
-                    shape = self.graph.shapes.pop(value.name, None)
-                    if shape is not None:
-                        self.graph.shapes[value.name] = (*shape[:2], *[None] * self.rank)
+                    self._forget_sizes(value.name, self.graph.shapes.pop(value.name, None))
 
     def _set_window_pads(self, node: ir.Node, pads: Margin) -> None:
         if any(begin < 0 or end < 0 for begin, end in pads):
@@ -234,8 +232,13 @@ class _Hoist:
         else:
             node = ir.Node("", "Pad", [source], [ir.AttrInt64s("pads", flat)])
         self.graph.ir.insert_before(before, node)
-        node.outputs[0].name = self.graph.fresh_name(base)
+        name = node.outputs[0].name = self.graph.fresh_name(base)
+        self._forget_sizes(name, self.graph.shape(source))
         return node.outputs[0]
+
+    def _forget_sizes(self, name: str, shape: TensorShape | None) -> None:
+        if shape is not None:
+            self.graph.shapes[name] = (*shape[:2], *[None] * self.rank)
 
 
 def _sum(one: Margin, two: Margin, factor: int = 1) -> Margin:

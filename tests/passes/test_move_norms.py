@@ -76,7 +76,7 @@ class Block:
             return build.op("InstanceNormalization", value, *parameters, epsilon=EPSILON, out=out)
         y = _normalised_groups(build, value)
         if self.spelling == "shape of":
-            shape = build.op("Shape", value)
+            shape = build.op("Shape", value, start=0)
         else:
             shape = build.constant([2, 6, 9, 8], dtype=np.int64)
         y = build.op("Reshape", y, shape)
@@ -306,6 +306,28 @@ def test_vectors_of_a_branch_reach_the_sum_of_branches():
     node_making(proto, "y").input.remove("t")
     result = folded(proto, segment)
     assert sorted(op_types(result)) == ["Add", "Conv", "Conv"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_vectors_at_random_places(seed: int):
+    """Strides, groups, kernels and pads of all kinds behind sums with several vectors."""
+    rng = np.random.default_rng(seed)
+    build = ModelBuilder([2, 4, 19, 17], seed=seed)
+    value = build.conv("x", 4, int(rng.integers(1, 4)), pad=1)
+    for number in range(int(rng.integers(1, 4))):
+        extra_input(build, f"t{number}", [int(rng.choice([1, 2])), 4, 1, 1])
+        value = build.op(str(rng.choice(["Add", "Sum"])), value, f"t{number}", channels=4)
+        for _ in range(int(rng.integers(1, 3))):
+            value = build.op("Relu", value, channels=4) if rng.random() < 0.5 else value
+            kernel, groups = int(rng.integers(1, 4)), int(rng.choice([1, 2, 4]))
+            stride, pad = int(rng.choice([1, 1, 2])), int(rng.integers(0, 2))
+            options = {"stride": stride, "groups": groups, "bias": bool(rng.integers(2))}
+            value = build.conv(value, 4, kernel, pad=pad, **options)
+            value = build.norm(value) if rng.random() < 0.5 else value
+    result = folded(build.model(value), {"input": "x", "output": value, "boundary": "hoist"})
+    maps = [node for node in result.graph.node if node.op_type == "Conv" and "x" in node.input]
+    assert len(maps) == 1
+    assert "Relu" not in op_types(result)
 
 
 def test_loose_sums_with_a_vector_stay():
