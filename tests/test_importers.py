@@ -273,3 +273,19 @@ def test_both_forms_give_verified_networks():
         result = graphfold.optimize(mobile(), {"graphfold_plan": 1, **plan})
         assert result.report.verification is not None
         assert result.report.verification.passed
+
+
+def test_a_normalisation_by_groups_moves_behind_its_segment():
+    b = ModelBuilder([1, 4, 8, 8], opset=21)
+    value = "x"
+    for number in range(4):
+        value = b.conv(value, 4, 3, pad=1, out=f"c{number}")
+        if number == 2:
+            ones = b.constant([1.0, 2.0, 3.0, 4.0])
+            value = b.op("GroupNormalization", value, ones, ones, num_groups=2, channels=4)
+    proto = b.model(value)
+    found = expanded(proto, act_ind=[1, 3], conv_ind=[0, 1, 2, 3])
+    assert [segment.get("norm") for segment in found["segments"]] == ["after"]
+    plan = {"graphfold_plan": 1, "act_ind": [1, 3], "conv_ind": [0, 1, 2, 3]}
+    folded = graphfold.optimize(proto, plan)
+    assert op_types(folded.model)[-2:] == ["Conv", "GroupNormalization"]
