@@ -9,7 +9,7 @@ from graphfold.errors import UsageError
 from graphfold.layout import Layout
 from graphfold.measures import ImportanceTable, LatencyTable, Row
 from graphfold.methods import Pieces
-from graphfold.plan import Boundary, ModelReference, Norm, Plan, read_plan
+from graphfold.plan import Boundary, ModelReference, Plan, read_plan
 from graphfold.solver import Solution
 
 ActivationJson = str | dict[str, str]
@@ -21,7 +21,6 @@ def assemble_plan(
     *,
     boundary: Boundary = "exact",
     activation: ActivationJson | None = None,
-    norms: Mapping[tuple[str, str], Norm] | None = None,
     model: ModelReference | None = None,
     objective: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -29,8 +28,7 @@ def assemble_plan(
 
     Unchanged segments are not named in it. Where a segment ends without an activation of the
     model and its choice wants one there, `activation` is added; where one goes that no segment
-    holds, it is a loose removal. `norms` says of segments, by the cuts at their ends, what becomes
-    of the normalisations by groups in them.
+    holds, it is a loose removal.
 
     Raises:
         UsageError: the choice adds an activation and none is given.
@@ -40,9 +38,7 @@ def assemble_plan(
     if model is not None:
         data["model"] = model.model_dump(exclude_none=True)
     data["segments"] = [
-        _segment(row, layout, boundary, activation, norms or {})
-        for row in rows
-        if not row.unchanged
+        _segment(row, layout, boundary, activation) for row in rows if not row.unchanged
     ]
     data["remove_activations"] = list(dict.fromkeys(_removed_at_ends(rows, layout)))
     added = {
@@ -68,11 +64,7 @@ def changes_anything(pieces: Pieces, layout: Layout) -> bool:
 
 
 def _segment(
-    row: Row,
-    layout: Layout,
-    boundary: Boundary,
-    activation: ActivationJson | None,
-    norms: Mapping[tuple[str, str], Norm],
+    row: Row, layout: Layout, boundary: Boundary, activation: ActivationJson | None
 ) -> dict[str, Any]:
     # A convolution reads behind the activation at a cut, and a segment ends before it; plans
     # name tensors of the model as it was, so this holds where that activation goes, too.
@@ -87,7 +79,7 @@ def _segment(
         return segment | _fitted(row)
     if row.family != "identity":
         segment["boundary"] = boundary
-        norm = norms.get((cut, layout.cut(row.output)))
+        norm = layout.norms.get((cut, layout.cut(row.output)))
         if norm is not None:
             segment["norm"] = norm
         if row.kernel is not None:

@@ -19,6 +19,7 @@ from graphfold.choices import Choice
 from graphfold.flow import FlowChain
 from graphfold.layout import Chain, Layout
 from graphfold.measures import Row
+from graphfold.plan import Norm
 from graphfold.reasons import nothing_to_plan
 
 # Where a network has several chains side by side, they hang between these two.
@@ -69,7 +70,7 @@ def cut_layout(candidates: Candidates) -> CutLayout:
         for chain in builder.chains(number)
     ]
     whole = roots[0] if len(roots) == 1 else Chain((_BEGIN, _END), {0: tuple(roots)})
-    layout = Layout(whole, builder.activations, builder.places())
+    layout = Layout(whole, builder.activations, builder.places(), builder.norms())
     return CutLayout(layout, tuple(builder.steps))
 
 
@@ -117,6 +118,14 @@ class _Builder:
             if site is not None:
                 self.activations.setdefault(name, site.name)
         return found
+
+    def norms(self) -> dict[tuple[str, str], Norm]:
+        """What becomes of the normalisations by groups in segments."""
+        return {
+            (self._before(each.input).name or "", self._before(each.output).name or ""): each.norm
+            for each in self._candidates.found
+            if each.norm is not None
+        }
 
     def chains(self, number: int) -> Iterator[Chain]:
         """A flow chain as a chain of cuts, and the chains inside it that lie between none."""

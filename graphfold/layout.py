@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from graphfold.errors import Problem
-from graphfold.plan import nearest
+from graphfold.plan import Norm, nearest
 
 Span = tuple[int, int]
 
@@ -66,9 +66,11 @@ class Layout:
         activations: by cut tensor, the output of the activation that alone reads it.
         places: by the cut tensor at a branch's end, the tensor behind the joins, where its
             activation stands or would stand; left out where it is the cut itself.
+        norms: of segments that hold normalisations by groups, by the cuts at their ends: what a
+            plan makes of these.
 
     Attributes:
-        activations: as given.
+        activations, norms: as given.
         positions: their number.
         joins: one for every block of branches.
     """
@@ -78,8 +80,10 @@ class Layout:
         chain: Chain,
         activations: Mapping[str, str] | None = None,
         places: Mapping[str, str] | None = None,
+        norms: Mapping[tuple[str, str], Norm] | None = None,
     ) -> None:
         self.activations = dict(activations or {})
+        self.norms = dict(norms or {})
         self._places = dict(places or {})
         self._cuts = {behind: before for before, behind in self.activations.items()}
         self._chains: list[dict[str, int]] = []

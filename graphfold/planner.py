@@ -151,17 +151,11 @@ class Planning:
     ) -> Plan:
         """The plan file's content for a solution, with what it was made for."""
         usual = Ends(self.candidates).usual
-        layout = self.cuts.layout
         return assemble_plan(
             self._with_whole_blocks(solution),
             self.cuts.layout,
             boundary="hoist" if boundary == "hoist" else "exact",
             activation=None if usual is None else {"like": usual.name},
-            norms={
-                (layout.cut(each.input.name or ""), layout.cut(each.output.name or "")): each.norm
-                for each in self.candidates.found
-                if each.norm is not None
-            },
             model=model,
             objective=objective(solution, self.latencies, self.importances, budget=budget),
         )

@@ -5,8 +5,8 @@ middle channels, offsets are {a*d1 + b*d2*s1}, strides multiply, padding of the 
 times (see graphfold.affine). BatchNormalization, per-channel constants and zero Pads in the chain
 fold in, those that lead to its first convolution too.
 
-In a segment of a plan vectors may be added to all pixels between the convolutions: behind the merged
-one they are added as what the convolutions after them make of a constant (graphfold.vectors).
+In a segment of a plan vectors may be added to all pixels between the convolutions: behind the
+merged one they are added as what the convolutions after them make of them (graphfold.vectors).
 
 Where the second convolution zero-pads, its padding is zero and not b1; the bias is then carried
 by a border kernel and repaired exactly (graphfold.emit). Refused: a window larger than one whose

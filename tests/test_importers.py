@@ -283,7 +283,7 @@ def test_a_normalisation_by_groups_moves_behind_its_segment():
         if number == 2:
             ones = b.constant([1.0, 2.0, 3.0, 4.0])
             value = b.op("GroupNormalization", value, ones, ones, num_groups=2, channels=4)
-    proto = b.model(value)
+    proto = b.model(value, shapes={value: [1, 4, 8, 8]})
     found = expanded(proto, act_ind=[1, 3], conv_ind=[0, 1, 2, 3])
     assert [segment.get("norm") for segment in found["segments"]] == ["after"]
     plan = {"graphfold_plan": 1, "act_ind": [1, 3], "conv_ind": [0, 1, 2, 3]}

@@ -22,11 +22,14 @@ import unet
 
 import graphfold
 from graphfold.calibration.kernels import Batch
+from graphfold.calibration.wholes import find_fastest, fold_fastest
+from graphfold.candidates import find_candidates
 from graphfold.cli import main
+from graphfold.cuts import cut_layout
 from graphfold.errors import BudgetError
 from graphfold.graph import Graph
 from graphfold.measures import write_table
-from graphfold.model import load, to_proto
+from graphfold.model import Model, load, to_proto
 from graphfold.plan import Plan
 from graphfold.sites import ConvSite, find_sites
 
@@ -211,3 +214,12 @@ def test_what_stays_behind_a_merge_is_measured_with_it():
     batch = Batch(found, snippets.opsets)
     onnx.checker.check_model(batch.proto, full_check=True)
     assert sorted(one_run(batch)) == list(range(len(found)))
+
+
+def test_the_fastest_network_that_a_table_knows_can_be_folded():
+    model = load(small())
+    rows = [(row, row.value) for row in latencies(to_proto(model)).rows]
+    fastest = find_fastest(rows, cut_layout(find_candidates(Graph(model))))
+    assert fastest is not None
+    assert any(segment.norm == "after" for segment in fastest.plan.segments)
+    assert isinstance(fold_fastest(model, fastest), Model)
