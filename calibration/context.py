@@ -261,6 +261,10 @@ class Search:
         """Where the walk has come to."""
         return self.points[-1]
 
+    def step_back(self) -> None:
+        """Forget the last step."""
+        self.points.pop()
+
     def step(self, latency: float, progress: Progress | None = None) -> bool:
         """Go on to a network of at most this latency, if it is not more than one step away.
 

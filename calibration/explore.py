@@ -38,6 +38,8 @@ _MEASURE_SECONDS = 4.0
 _QUANTIZED_ON = 128
 # Of what was asked for: the least by which the next try goes further.
 _FURTHER = 1.005
+# More than this beyond what was asked is worth another try: it is paid for in agreement.
+_NEAR = 1.01
 # Networks of a frontier that are measured, the furthest among them.
 _MOST_MEASURED = 6
 
@@ -273,7 +275,7 @@ class Route:
             speedup: over the model in float.
             deadline: of `time.monotonic()`; the walk ends there.
         """
-        tried = 0.0
+        tried, may_return = 0.0, True
         while not self._first(speedup):
             if deadline is not None and time.monotonic() > deadline:
                 return None
@@ -284,8 +286,24 @@ class Route:
                 continue
             tried = self._search.present.speedup
             self._measure(len(self.options) - 1)
+            if may_return and self._is_far(speedup):
+                # Kernels' times alone led too far; what was just measured says by how much.
+                self._search.step_back()
+                self.options.pop()
+                tried = 0.0
+            may_return = False
         self._step_back(speedup)
         return self._first(speedup)
+
+    def _is_far(self, speedup: float) -> bool:
+        """Whether the last step, by what was measured, led much further than was asked."""
+        points = self._search.points
+        wanted = speedup / (self._start * self._factor)
+        return (
+            self.options[-1].speedup > _NEAR * speedup
+            and len(points) > 1
+            and points[-2].speedup < wanted
+        )
 
     def walk_while(
         self, is_good: Callable[[Option], bool], largest: float, deadline: float | None = None

@@ -185,3 +185,16 @@ def test_a_fitted_plan_without_data_is_one_message(files, tmp_path, capfd):
     capfd.readouterr()
     assert main(["optimize", str(files[0]), "--plan", str(plan), "-o", str(tmp_path / "o")]) == 2
     assert "need data (--data gives calibration inputs)" in capfd.readouterr().err
+
+
+def test_a_device_that_is_faster_than_predicted_is_not_walked_too_far(files, monkeypatch):
+    def measured(self: Exploration, option: Any) -> Any:
+        times = by_macs(self.bench)
+        return replace(
+            option, speedup=1.1 * times.whole / times.predict(option.state), measured=True
+        )
+
+    monkeypatch.setattr(Exploration, "measured", measured)
+    found = find_plan(*arguments(files), speedup=1.3)
+    # Predicted alone, at least 1.3 would have been taken, which is 1.43 on this device.
+    assert 1.3 <= found.chosen.speedup < 1.42
