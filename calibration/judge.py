@@ -130,7 +130,8 @@ class Judge:
         kind = self.kinds[name]
         if kind == "integers":
             differ = np.asarray(result != original, np.float64)
-            return differ.reshape(len(differ) if differ.ndim else 1, -1).mean(axis=1)
+            samples = len(differ) if differ.ndim else 1
+            return np.asarray(differ.reshape(samples, -1).mean(axis=1))
         if kind == "values":
             error = np.asarray(result, np.float64) - original
             samples = len(error) if error.ndim else 1
