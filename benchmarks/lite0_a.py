@@ -48,6 +48,7 @@ COMMAND = "python benchmarks/lite0_a.py"
 THE_MODEL = "the model"
 MERELY_REMOVED = "activations merely removed"
 _BATCH = 10
+_THREADS = 1
 # Positions of every image: for dense convolutions, layers of one pixel, and filters of a channel.
 _POSITIONS = {"dense": 98, "pointwise": 48, "depthwise": 16}
 # Of a feature's power: what fits from few rows per feature need to hold on other images.
@@ -129,7 +130,7 @@ class Network:
         """One tensor, computed from another."""
         if name == source:
             return values
-        run = run_part(extract(proto, [source], [name], self.types), 0)
+        run = run_part(extract(proto, [source], [name], self.types), _THREADS)
         return [run({source: value})[name] for value in values]
 
     def fit(self) -> onnx.ModelProto:
@@ -335,7 +336,7 @@ def half(split: int) -> tuple[Tensors, NDArray[Any]]:
 
 def answers(proto: onnx.ModelProto, images: Tensors) -> list[dict[str, Any]]:
     """What a network says of photos."""
-    run = run_part(proto, 0)
+    run = run_part(proto, _THREADS)
     return [run({"input": batch}) for batch in images]
 
 
