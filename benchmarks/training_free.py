@@ -5,8 +5,8 @@ Speedups are over the float model as onnxruntime runs it, one thread, interleave
 it. Beside what `auto` finds: the same speedup by merging with activations merely removed (planned
 with importance `macs`), and by dropping blocks alone.
 
-Run it as `python benchmarks/training_free.py` on a machine that does nothing else. `--only MODEL`,
-`--study sizes|unseen|ridge|masks` for what the defaults rest on.
+Run it as `python benchmarks/training_free.py` on a machine that does nothing else, and with
+`--study sizes ridge unseen` for what the defaults rest on; `--only MODEL` for one of the two.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from graphfold.calibration.explore import Exploration, Option, Route
 from graphfold.calibration.judge import Judge, Verdict
 from graphfold.calibration.planned import scheme_of
 from graphfold.calibration.quantize import Quantizer
-from graphfold.calibration.workbench import Replacement
+from graphfold.calibration.workbench import State
 from graphfold.errors import BudgetError
 from graphfold.model import Model, adopt, load, to_proto
 from graphfold.specs import model_inputs
@@ -44,6 +44,8 @@ FLOAT = (1.1, 1.2, 1.3, 1.5, 2.0)
 # Over plain INT8: 2.0x, 2.2x, 2.5x and 3.0x over float where plain INT8 reaches 1.85x.
 INT8 = (1.08, 1.2, 1.35, 1.6)
 _CALIBRATED_ON = 128
+# Where the studies look: most of the network is still there, and there is something to lose.
+STUDIED = 1.2
 
 
 @dataclass
@@ -207,44 +209,45 @@ def predicted(explored: Exploration, route: Route) -> dict[str, Any]:
 # Studies: what the defaults rest on ------------------------------------------------------------
 
 
-def narrowed(explored: Exploration, share: float) -> dict[Any, Replacement]:
-    """Every place at a share of its channels."""
-    return {
-        key: Replacement("narrow", max(8, round(place.channels * share / 8) * 8))
-        for key, place in explored.bench.inner.items()
-        if round(place.channels * share / 8) * 8 < place.channels
-    }
-
-
-def study(name: str, kind: str) -> dict[str, Any]:
-    """Agreement of a network with 7/8 of the channels everywhere, fitted in several ways."""
+def studies(name: str, kinds: Sequence[str]) -> dict[str, Any]:
+    """The network that a search finds at 1.2x, fitted again in several ways."""
     calibration, judging = MODELS[name]
     model = load(shared_data.SHARED / "models" / f"{name}.onnx")
     photos = judged(model, judging)
-    found: dict[str, Any] = {}
-    if kind == "sizes":
-        for size in (50, 100, 200, 500, 1000):
-            explored = Exploration(model, data(calibration, model, size))
-            explored.fit(everything=True)
-            found[str(size)] = _study_row(explored, photos)
-    elif kind == "ridge":
-        explored = Exploration(model, data(calibration, model))
+    explored = Exploration(model, data(calibration, model))
+    explored.fit()
+    option = explored.float_route().reach(STUDIED)
+    if option is None:
+        raise SystemExit(f"{name} has no network of {STUDIED} times the speed to study")
+    state = option.state
+    found = {}
+    if "sizes" in kinds:
+        found["photos"] = {
+            str(size): _fitted_row(
+                Exploration(model, data(calibration, model, size)), state, photos
+            )
+            for size in (50, 100, 200, 500, 1000)
+        }
+    if "ridge" in kinds:
+        present = workbench.RIDGE
+        found["ridge"] = {}
         for ridge in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
             workbench.RIDGE = ridge
-            explored.fit(everything=True)
-            found[str(ridge)] = _study_row(explored, photos)
-    else:
-        found = _unseen(model, name)
+            found["ridge"][f"{ridge:g}"] = _fitted_row(explored, state, photos)
+        workbench.RIDGE = present
+    if "unseen" in kinds:
+        found["classes"] = _unseen(model, name, state)
     return found
 
 
-def _study_row(explored: Exploration, photos: Judged) -> dict[str, Any]:
-    row = photos.verdict(explored.bench.build(narrowed(explored, 7 / 8))).to_json()
-    print(f"  {row}")
+def _fitted_row(explored: Exploration, state: State, photos: Judged) -> dict[str, Any]:
+    explored.fit(everything=True)
+    row = photos.verdict(explored.bench.build(state)).to_json()
+    print(f"  {row}", flush=True)
     return row
 
 
-def _unseen(model: Model, name: str) -> dict[str, Any]:
+def _unseen(model: Model, name: str, state: State) -> dict[str, Any]:
     """Fitted on one half of the classes, judged on the other and on the same, and the reverse."""
     preprocess = "lite" if "lite" in name else "imagenet"
     halves = []
@@ -257,19 +260,17 @@ def _unseen(model: Model, name: str) -> dict[str, Any]:
             ]
         )
     found = {}
-    bench = workbench.Workbench(graphfold.optimize(model, verify=False).folded)
+    bench = workbench.Workbench(
+        graphfold.optimize(model, verify=False).folded, workbench.names_of(model)
+    )
     for fitted in (0, 1):
         bench.forget()
         bench.collect(halves[fitted][: len(halves[fitted]) * 4 // 5])
-        bench.prepare()
-        state = {
-            key: Replacement("narrow", width)
-            for key, place in bench.inner.items()
-            if (width := max(8, round(place.channels * 7 / 64) * 8)) < place.channels
-        }
         for judging, what in ((fitted, "same classes"), (1 - fitted, "other classes")):
             context = Context(bench, halves[judging][len(halves[judging]) * 4 // 5 :])
-            found[f"fitted on half {fitted}, {what}"] = context.verdict(state).to_json()
+            row = context.verdict(state).to_json()
+            print(f"  {row}", flush=True)
+            found[f"fitted on half {fitted}, {what}"] = row
     return found
 
 
@@ -339,7 +340,7 @@ def report(models: dict[str, Any]) -> None:
         for kind, rows in result.get("studies", {}).items():
             columns = [kind, "agreement", "KL"]
             parts += [
-                f"### {name}: {kind}",
+                f"### {name} at {STUDIED}x: {kind}",
                 "",
                 common.markdown(
                     columns,
@@ -362,13 +363,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--samples", type=int, help="calibrate on the first of them")
-    parser.add_argument("--study", choices=["sizes", "unseen", "ridge"])
+    parser.add_argument("--study", nargs="+", choices=["sizes", "unseen", "ridge"])
     arguments = parser.parse_args()
     models = written()
     for name in arguments.only:
         known = models.setdefault(name, {"model": name})
         if arguments.study is not None:
-            known.setdefault("studies", {})[arguments.study] = study(name, arguments.study)
+            known.setdefault("studies", {}).update(studies(name, arguments.study))
         else:
             models[name] = {**known, **run(name, arguments.samples)}
         report(models)
