@@ -37,8 +37,10 @@ _CHANNELS = 0.08
 # A change that cost so many times what was paid per millisecond is passed over for some rounds.
 _DEAR = 3.0
 _PASSED_OVER = 3
-# Samples that changes are compared on.
+# Samples that changes are compared on, and pictures: every value of one has an error of its own.
 _SAMPLES = 96
+_PICTURES = 32
+_VALUES_OF_A_PICTURE = 4096
 _MEMORY = 1 << 30
 _MOST_POINTS = 2000
 
@@ -105,6 +107,14 @@ class Context:
         """A network as a whole."""
         run = run_part(self.bench.build(state), self.threads)
         return self.judge.verdict([run(feed) for feed in self.feeds])
+
+    @property
+    def makes_pictures(self) -> bool:
+        """Whether outputs are many values for each sample, none of them classes."""
+        first = self.judge.originals[0]
+        values = sum(first[name].size for name in self.judge.outputs)
+        samples = len(next(iter(self.feeds[0].values())))
+        return not self.judge.is_classifier and values >= _VALUES_OF_A_PICTURE * samples
 
     def border(self, *keys: Key) -> list[str]:
         """Tensors that everything behind places is computed from, the places included."""
@@ -322,7 +332,10 @@ class Search:
         if not moves:
             return False
         added = self.context.added_damages(
-            state, [(move.key, move.replacement) for move in moves], progress, _SAMPLES
+            state,
+            [(move.key, move.replacement) for move in moves],
+            progress,
+            _PICTURES if self.context.makes_pictures else _SAMPLES,
         )
         moves = [
             _Move(move.key, move.replacement, move.gain, damage)

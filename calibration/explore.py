@@ -17,16 +17,24 @@ import onnx
 
 from graphfold.calibration.capture import run_part
 from graphfold.calibration.choosing import QuantizationChoice, choose_quantization
-from graphfold.calibration.context import Context, Point, Search
+from graphfold.calibration.context import Context, Point, Search, smallest_drops
 from graphfold.calibration.judge import Verdict
 from graphfold.calibration.latency import compare
 from graphfold.calibration.nodetimes import NodeTimes, measure_nodes
 from graphfold.calibration.planned import scheme_of
 from graphfold.calibration.quantize import Quantizer, roughly_quantized
-from graphfold.calibration.split import at_most, one_sample, read_split, samples_of
+from graphfold.calibration.split import (
+    at_most,
+    one_sample,
+    portions_of,
+    read_split,
+    samples_of,
+)
 from graphfold.calibration.workbench import Key, Replacement, State, Workbench, names_of
+from graphfold.candidates import find_candidates
 from graphfold.model import adopt, digest, to_proto
 from graphfold.plan import ModelReference, Plan, Quantize, read_plan
+from graphfold.reasons import why_nothing_goes
 
 if TYPE_CHECKING:
     from graphfold.calibration.dataset import Dataset
@@ -108,7 +116,7 @@ class Exploration:
         self.seconds: dict[str, float] = {}
         self._clock = time.monotonic()
         self.progress("reading data", 0, 0)
-        split = read_split(data)
+        split = read_split(data, portions_of(model, data))
         self.feeds, self.fitted_on, self.held = split.feeds, split.fitted, split.held
         self.progress("folding", 0, 0)
         self.folded = optimize_model(model, None, verify=False).folded
@@ -120,6 +128,7 @@ class Exploration:
             "provider": provider,
             "samples": sum(map(samples_of, self.feeds)),
             "judged_on": sum(map(samples_of, self.held)),
+            "judged_by": dict(self.context.judge.kinds),
             "data": data.name,
         }
         self.stage("reading and folding")
@@ -137,6 +146,14 @@ class Exploration:
         self.bench.collect(feeds, progress=self.progress)
         self.bench.prepare(self.progress)
         self.stage("fitting")
+
+    def obstacle(self) -> str | None:
+        """Why nothing can be narrowed or dropped, after fitting; None where something can."""
+        bench = self.bench
+        narrows = "narrow" in self.families and any(map(bench.has_moments, bench.inner))
+        if narrows or ("identity" in self.families and smallest_drops(bench)):
+            return None
+        return why_nothing_goes(find_candidates(bench.graph))
 
     def original(self) -> Option:
         """The model as it is."""

@@ -82,6 +82,7 @@ class Quantizer:
         self._nodes = _quantizable(self._proto)
         if not any(node.op_type in WEIGHTED for node in self._nodes):
             raise ModelError("has no convolution or product that INT8 kernels compute")
+        _check_weights(self._proto, self._nodes)
         self._odd = {node.name for node in self._nodes if _is_odd_clip(node, self._proto)}
         self._absorbed = _absorbed(self._proto, self._odd)
         names = _activations(self._proto, self._nodes) - self._absorbed.keys()
@@ -313,6 +314,21 @@ def _quantized_types() -> frozenset[str]:
 
 def _quantizable(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in proto.graph.node if node.op_type in _quantized_types()]
+
+
+def _check_weights(proto: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Weights in 8 bits are constants: nobody may override them.
+
+    Raises:
+        ModelError: some are inputs.
+    """
+    inputs = {item.name for item in proto.graph.input}
+    open_weights = inputs & {item.name for item in proto.graph.initializer}
+    if any(name in open_weights for node in nodes for name in node.input):
+        raise ModelError(
+            "has weights that are inputs, which callers may override",
+            hint="`python -m onnxruntime.tools.remove_initializer_from_input` fixes them",
+        )
 
 
 def _activations(proto: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> set[str]:
