@@ -314,7 +314,11 @@ class _Goal:
         if not met:
             return None
         if self.speedup is not None:
-            return min(met, key=lambda each: (each.verdict.damage, -each.speedup))
+            # Never less agreement than INT8 alone has, where that is fast enough.
+            plain = [each for each in met if each.dtype == "int8" and not each.state]
+            floor = max((each.verdict.agreement or 0.0 for each in plain), default=0.0)
+            enough = [each for each in met if (each.verdict.agreement or 0.0) >= floor]
+            return min(enough, key=lambda each: (each.verdict.damage, -each.speedup))
         return max(met, key=lambda each: each.speedup)
 
 
@@ -381,7 +385,9 @@ class _Run:
         except ModelError as error:
             self._warnings.append(f"no INT8: the model {error.what}")
             return []
-        return self._walked(route)
+        options = self._walked(route)
+        plain = self._exploration.plain_int8
+        return options if plain is None or plain in options else [plain, *options]
 
     def _walked(self, route: Route) -> list[Option]:
         goal = self._goal

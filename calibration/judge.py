@@ -231,10 +231,8 @@ def kinds_of(
     """What every output is, from its values feed by feed and the samples' labels if known."""
     found: dict[str, Kind] = {}
     for name, arrays in outputs.items():
-        if (
-            any(each.ndim != 2 or each.shape[1] < 2 for each in arrays)
-            or len({each.shape[1] for each in arrays}) > 1
-        ):
+        is_table = all(each.ndim == 2 and each.shape[1] > 1 for each in arrays)
+        if not is_table or len({each.shape[1] for each in arrays}) > 1:
             found[name] = "values"
         else:
             found[name] = "probabilities" if _sum_to_one(arrays) else "logits"

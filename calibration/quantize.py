@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from graphfold.calibration.equalise import equalise as equalised
 from graphfold.calibration.ranges import (
     DEFAULT_PERCENTILE,
     Calibration,
@@ -55,11 +56,13 @@ class Scheme:
         calibration: how activations' ranges are found.
         per_channel: a scale per output channel of each weight, instead of one.
         keep_float: tensors whose operators stay in float, sorted.
+        equalise: whether channels are scaled first, see `graphfold.calibration.equalise`.
     """
 
     calibration: Calibration = field(default_factory=Calibration)
     per_channel: bool = True
     keep_float: tuple[str, ...] = ()
+    equalise: bool = False
 
 
 class Quantizer:
@@ -69,6 +72,8 @@ class Quantizer:
         model: the network; it is not modified.
         batches: feeds to calibrate on, run through once.
         methods: the calibrations that schemes will ask for.
+        equalise: scale its channels first, where their ranges are far apart: for schemes that say
+            so, as activations have other ranges then.
 
     Raises:
         ModelError: it has nothing that onnxruntime quantizes, or cannot be brought to a form
@@ -76,8 +81,18 @@ class Quantizer:
         DataError: no feeds, or none that fit.
     """
 
-    def __init__(self, model: Model, batches: Iterable[Feed], methods: Sequence[Method]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        batches: Iterable[Feed],
+        methods: Sequence[Method],
+        *,
+        equalise: bool = False,
+    ) -> None:
+        self.equalise = equalise
         self.model = without_norms(model)
+        if equalise:
+            self.model = equalised(self.model).model
         self._proto = prepared(self.model)
         self._nodes = _quantizable(self._proto)
         if not any(node.op_type in WEIGHTED for node in self._nodes):
@@ -99,6 +114,7 @@ class Quantizer:
             PlanError: a tensor to keep in float that no operator makes.
             ModelError: onnxruntime cannot quantize it.
         """
+        assert scheme.equalise == self.equalise
         from onnxruntime import quantization
         from onnxruntime.quantization.calibrate import TensorData
 
