@@ -12,12 +12,13 @@ from builders import ModelBuilder
 from numpy.typing import NDArray
 
 from graphfold.calibration import choosing
-from graphfold.calibration.choosing import QuantizationChoice, choose_quantization
-from graphfold.calibration.damage import damage_between, outputs_of
-from graphfold.calibration.planned import scheme_of
+from graphfold.calibration.choosing import QuantizationChoice, Trial, choose_quantization
+from graphfold.calibration.damage import Damage, damage_between, outputs_of
+from graphfold.calibration.planned import quantized_as, scheme_of
+from graphfold.calibration.quantize import Scheme
 from graphfold.calibration.ranges import Calibration
 from graphfold.errors import DataError
-from graphfold.model import load
+from graphfold.model import load, to_proto
 
 FEW = (Calibration("minmax"), Calibration("percentile", 99.0))
 
@@ -122,3 +123,35 @@ def test_images_are_needed() -> None:
         choose_quantization(load(fragile()), [], feeds(1, 1), calibrations=FEW)
     with pytest.raises(DataError, match="judge"):
         choose_quantization(load(fragile()), feeds(1, 0), [], calibrations=FEW)
+
+
+def test_channels_are_equalised_where_that_is_measured_to_help() -> None:
+    found = choose(float_share=0.0)
+    uneven = [trial for trial in found.trials if not trial.scheme.equalise]
+    assert found.trial.scheme.equalise
+    assert found.trial.damage.value < 0.5 * min(trial.damage.value for trial in uneven)
+    assert found.settings.equalise
+    again = quantized_as(load(fragile()), feeds(12, 0), found.settings)
+    first, second = (
+        {i.name: i for i in to_proto(m).graph.initializer} for m in (found.model, again)
+    )
+    assert first == second
+
+
+def test_no_channels_are_equalised_where_ranges_do_not_ask_for_it() -> None:
+    build = ModelBuilder((1, 3, 12, 12))
+    x = build.op("Relu", build.conv("x", 8, 3, pad=1))
+    model = load(build.model(build.conv(x, 6, out="y")))
+    found = choose_quantization(model, feeds(4, 0), feeds(8, 1), calibrations=FEW, float_share=0)
+    assert not any(trial.scheme.equalise for trial in found.trials)
+
+
+def test_agreement_is_never_less_than_with_nothing_in_float() -> None:
+    def trial(kl: float, agreement: float, kept: tuple[str, ...] = ()) -> Trial:
+        return Trial(Scheme(keep_float=kept), Damage(kl, agreement, 0.0), 0.0)
+
+    best = trial(0.2, 0.95)
+    # The least divergence of all agrees less.
+    assert choosing._least_damaged([trial(0.1, 0.9), best, trial(0.05, 0.94, ("a",))]) == best
+    kept = trial(0.05, 0.96, ("a",))
+    assert choosing._least_damaged([trial(0.1, 0.9), best, kept]) == kept
