@@ -57,6 +57,68 @@ def cifar10_test() -> Iterator[Sample]:
     return cifar("test")
 
 
+def ultraface() -> Iterator[Sample]:
+    """Photos for the face detector UltraFace: 240 x 320, its margins cut off."""
+    return prepared("input", (1, 3, 240, 320), Preprocess(scale=1.0, mean=(127.0,), std=(128.0,)))
+
+
+def onet() -> Iterator[Sample]:
+    """Middles of photos for MTCNN's last stage, which sees what may be a face."""
+    middle = Preprocess(scale=1.0, mean=(127.5,), std=(128.0,), crop_fraction=0.6)
+    return prepared("input", ("N", 3, 48, 48), middle)
+
+
+def blazeface() -> Iterator[Sample]:
+    """Photos for the face detector BlazeFace."""
+    return prepared("input:0", (1, 256, 256, 3), NAMED["symmetric"])
+
+
+def facemesh() -> Iterator[Sample]:
+    """Photos for the points of a face: few hold one, so it shows what is lost, not how good."""
+    return prepared("input_1", ("N", 192, 192, 3), NAMED["unit"])
+
+
+def text_direction() -> Iterator[Sample]:
+    """Strips of photos for the classifier that tells whether a line of text stands upside down."""
+    return prepared("x", ("N", 3, 48, 192), NAMED["symmetric"])
+
+
+def realesr() -> Iterator[Sample]:
+    """Pieces of photos of 64 x 64, pixel by pixel, for super-resolution by Real-ESRGAN."""
+    return prepared("data", ("N", 3, 64, 64), Preprocess(crop_fraction=0.25))
+
+
+def esrgan() -> Iterator[Sample]:
+    """Pieces of photos of 64 x 64, pixel by pixel, for super-resolution by ESRGAN."""
+    return prepared("input", ("N", 64, 64, 3), Preprocess(crop_fraction=0.25))
+
+
+def emotions() -> Iterator[Sample]:
+    """Grey middles of photos for the classifier of facial expressions."""
+    middle = Preprocess(channels="L", scale=1 / 127.5, mean=(1.0,), crop_fraction=0.6)
+    return prepared("input", ("N", 64, 64, 1), middle)
+
+
+def wake_words() -> Iterator[Sample]:
+    """Photos for the tiny classifier that tells whether there is a person."""
+    return prepared("input", ("N", 3, 96, 96), NAMED["unit"])
+
+
+def prepared(
+    name: str, shape: tuple[int | str | None, ...], preprocess: Preprocess
+) -> Iterator[Sample]:
+    """The 1,000 photos to calibrate on, without labels, for a model of another kind.
+
+    Args:
+        name: of the model's input.
+        shape: of the input.
+        preprocess: how the model wants them.
+    """
+    prepare = Preparation(preprocess, InputSpec(name, "tensor(float)", shape), "shared data")
+    for image, _, _ in _labelled("imagenet_sample"):
+        yield {name: prepare(image)}
+
+
 def photos(
     name: str, preprocess: str, size: int = SIZE, split: int | None = None
 ) -> Iterator[Sample]:
@@ -73,13 +135,19 @@ def photos(
         update={"crop_fraction": fraction, "interpolation": "bicubic"}
     )
     prepare = _preparation(chosen, size)
+    for image, label, half in _labelled(name):
+        if split is None or half == split:
+            yield {"input": prepare(image), "labels": label}
+
+
+def _labelled(name: str) -> Iterator[tuple[Image.Image, NDArray[Any], int | None]]:
+    """Photos of one file with their label, as an array, and half."""
     with np.load(SHARED / "data" / f"{name}.npz", allow_pickle=False) as file:
         data = file["jpeg"].tobytes()
         offsets, labels, halves = (file[key] for key in ("offsets", "labels", "split"))
     for number, (start, stop) in enumerate(itertools.pairwise(offsets)):
-        if split is None or halves[number] == split:
-            image = Image.open(io.BytesIO(data[start:stop]))
-            yield {"input": prepare(image), "labels": labels[number : number + 1]}
+        image = Image.open(io.BytesIO(data[start:stop]))
+        yield image, labels[number : number + 1], halves[number]
 
 
 def cifar(part: str) -> Iterator[Sample]:

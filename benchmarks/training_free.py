@@ -28,8 +28,7 @@ from graphfold.calibration.context import Context
 from graphfold.calibration.dataset import Dataset, read_dataset
 from graphfold.calibration.explore import Exploration, Option, Route
 from graphfold.calibration.judge import Judge, Verdict
-from graphfold.calibration.planned import scheme_of
-from graphfold.calibration.quantize import Quantizer
+from graphfold.calibration.planned import quantized_as
 from graphfold.calibration.workbench import State
 from graphfold.errors import BudgetError
 from graphfold.model import Model, adopt, load, to_proto
@@ -81,8 +80,7 @@ def built(explored: Exploration, option: Option) -> Any:
     if option.quantize is None:
         return proto
     feeds = explored.feeds[:: max(1, 10 * len(explored.feeds) // _CALIBRATED_ON)]
-    quantizer = Quantizer(adopt(proto, check=False), feeds, [option.quantize.calibration])
-    return to_proto(quantizer.quantized(scheme_of(option.quantize)))
+    return to_proto(quantized_as(adopt(proto, check=False), feeds, option.quantize))
 
 
 def reached(route: Route, targets: Sequence[float]) -> dict[float, Option | None]:

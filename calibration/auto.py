@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "int8", "auto"]
 
 _LARGEST_SPEEDUP = 4.0
-# A frontier need not be followed to where little more than chance is left.
+# A frontier need not be followed to where little more than chance is left: of agreement, or of
+# values' variance.
 _USELESS = 0.5
 
 
@@ -109,6 +110,7 @@ class Found:
             ("asked for", self.asked),
             ("speedup, measured", f"{self.chosen.speedup:.2f}x"),
             ("computes in", self.chosen.dtype),
+            ("judged by", _judged_by(self.settings["judged_by"])),
         ]
         if verdict.agreement is not None:
             rows.append(("agreement, held back", f"{100 * verdict.agreement:.1f} %"))
@@ -166,6 +168,14 @@ def _picture(options: Sequence[Option], chosen: Option | None) -> str:
         series.append(Series("chosen", [place(chosen)], "ring"))
     label = "agreement with the model" if is_classifier else "minus damage"
     return scatter(series, "latency, of the model's", label)
+
+
+def _judged_by(kinds: Mapping[str, str]) -> str:
+    """What was looked at, for people."""
+    classes = [name for name, kind in kinds.items() if kind != "values"]
+    values = [name for name, kind in kinds.items() if kind == "values"]
+    parts = [("classes", classes), ("values", values)]
+    return "; ".join(f"{what} of {', '.join(names)}" for what, names in parts if names)
 
 
 def _same(one: Option, other: Option) -> bool:
@@ -292,9 +302,11 @@ class _Goal:
         """Whether an option is good and fast enough."""
         if self.speedup is not None:
             return option.measured and option.speedup >= self.speedup
+        verdict = option.verdict
         if self.min_agreement is None:
-            return option.verdict.agreement is None or option.verdict.agreement > _USELESS
-        return (option.verdict.agreement or 0.0) >= self.min_agreement
+            is_useful = verdict.agreement is None or verdict.agreement > _USELESS
+            return is_useful and (verdict.psnr is None or verdict.damage < _USELESS)
+        return (verdict.agreement or 0.0) >= self.min_agreement
 
     def best(self, options: Sequence[Option]) -> Option | None:
         """The least damaged that is fast enough; the fastest that is good enough."""
@@ -302,7 +314,11 @@ class _Goal:
         if not met:
             return None
         if self.speedup is not None:
-            return min(met, key=lambda each: (each.verdict.damage, -each.speedup))
+            # Never less agreement than INT8 alone has, where that is fast enough.
+            plain = [each for each in met if each.dtype == "int8" and not each.state]
+            floor = max((each.verdict.agreement or 0.0 for each in plain), default=0.0)
+            enough = [each for each in met if (each.verdict.agreement or 0.0) >= floor]
+            return min(enough, key=lambda each: (each.verdict.damage, -each.speedup))
         return max(met, key=lambda each: each.speedup)
 
 
@@ -324,8 +340,9 @@ class _Run:
                 hint="--speedup, and look at the PSNR",
             )
         explored.fit()
+        can_change = self._look_ahead()
         options = [explored.original()]
-        if dtype in ("float32", "auto"):
+        if dtype in ("float32", "auto") and can_change:
             options += self._walked(explored.float_route())[1:]
             explored.stage("searching in float")
         if dtype in ("int8", "auto"):
@@ -336,7 +353,8 @@ class _Run:
             wanted = [each for each in options if dtype != "int8" or each.dtype == "int8"]
             chosen = goal.best(wanted)
             if chosen is None:
-                raise BudgetError(f"no network that was found is {goal}", hint=_hint(goal, options))
+                hint = "; ".join([_hint(goal, options), *self._warnings])
+                raise BudgetError(f"no network that was found is {goal}", hint=hint)
         return Found(
             None if chosen is None else plan_of(chosen, explored.model),
             chosen,
@@ -347,13 +365,29 @@ class _Run:
             tuple(self._warnings),
         )
 
+    def _look_ahead(self) -> bool:
+        """Warn of what makes a frontier poor, or says little; whether anything can be changed."""
+        explored = self._exploration
+        obstacle = explored.obstacle()
+        if obstacle is not None:
+            self._warnings.append(f"nothing in the model can be narrowed or dropped: {obstacle}")
+        judge = explored.context.judge
+        if judge.is_classifier and all(len(set(row)) == 1 for row in judge.wanted):
+            self._warnings.append(
+                "the model finds the same class in all held-back inputs, so agreement says little: "
+                "look at the damage, or give data of several classes"
+            )
+        return obstacle is None
+
     def _in_int8(self) -> list[Option]:
         try:
             route = self._exploration.int8_route(time_budget=self._time_budget)
         except ModelError as error:
             self._warnings.append(f"no INT8: the model {error.what}")
             return []
-        return self._walked(route)
+        options = self._walked(route)
+        plain = self._exploration.plain_int8
+        return options if plain is None or plain in options else [plain, *options]
 
     def _walked(self, route: Route) -> list[Option]:
         goal = self._goal

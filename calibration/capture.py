@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,6 +98,28 @@ def tensor_types(graph: Graph) -> dict[str, tuple[int, tuple[None, ...] | None]]
         if dtype is not None:
             shape = graph.shape(value)
             found[name] = (int(dtype), None if shape is None else (None,) * len(shape))
+    return found
+
+
+def sizes_of(model: Model, feed: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+    """Bytes of a model's tensors when it is given these inputs; those not known are left out."""
+    proto = to_proto(model, data=False)
+    del proto.graph.value_info[:]
+    for info in proto.graph.input:
+        if info.name in feed:
+            dtype = info.type.tensor_type.elem_type
+            info.CopyFrom(helper.make_tensor_value_info(info.name, dtype, feed[info.name].shape))
+    for info in proto.graph.output:
+        info.type.tensor_type.ClearField("shape")
+    with contextlib.suppress(Exception):  # onnx raises several kinds of errors
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    found = {}
+    for info in (*proto.graph.value_info, *proto.graph.output):
+        tensor = info.type.tensor_type
+        dims = [dim.dim_value for dim in tensor.shape.dim]
+        if tensor.HasField("shape") and tensor.elem_type and all(dims):
+            item = helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
+            found[info.name] = item * math.prod(dims)
     return found
 
 

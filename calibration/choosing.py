@@ -1,7 +1,8 @@
 """How to quantize a network, found out by measuring: which calibration, what to leave in float.
 
 Every scheme is judged by what it does to the outputs on images that were not calibrated on. First
-the calibrations are compared. Under the best one, runs of neighbouring operators are left in
+the calibrations are compared; where ranges of channels are far apart, also with these equalised
+(`graphfold.calibration.equalise`). Under the best one, runs of neighbouring operators are left in
 float in turn, then, where that helps most, single operators and pairs of neighbours (a tensor is in
 float only where both who makes and who reads it are). Those that help are kept in float one after
 the other, each only if the damage measured with all before it falls by a good part, and
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from graphfold.calibration.equalise import equalise
 from graphfold.calibration.judge import Judge, Verdict, outputs_of
 from graphfold.calibration.quantize import Progress, Quantizer, Scheme
 from graphfold.calibration.ranges import Calibration, Feed
@@ -85,22 +87,12 @@ class QuantizationChoice:
     @property
     def plain(self) -> Trial:
         """The best with nothing left in float."""
-        return min(
-            (trial for trial in self.trials if not trial.scheme.keep_float),
-            key=lambda trial: trial.verdict.damage,
-        )
+        return _least_damaged([trial for trial in self.trials if not trial.scheme.keep_float])
 
     @property
     def settings(self) -> Quantize:
         """The choice as a plan states it."""
-        scheme = self.trial.scheme
-        method = scheme.calibration.method
-        return Quantize(
-            calibration=method,
-            percentile=scheme.calibration.percentile if method == "percentile" else None,
-            per_channel=scheme.per_channel,
-            keep_float=list(scheme.keep_float),
-        )
+        return settings_of(self.trial.scheme)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -115,7 +107,7 @@ class QuantizationChoice:
         """The calibrations, and what was left in float."""
         rows = [
             (
-                str(trial.scheme.calibration),
+                str(trial.scheme.calibration) + (", equalised" if trial.scheme.equalise else ""),
                 ", ".join(trial.scheme.keep_float) or "none",
                 f"{trial.verdict.damage:.4g}",
                 _percent(trial.verdict.agreement),
@@ -134,12 +126,38 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
+def settings_of(scheme: Scheme) -> Quantize:
+    """A scheme as a plan states it."""
+    method = scheme.calibration.method
+    return Quantize(
+        calibration=method,
+        percentile=scheme.calibration.percentile if method == "percentile" else None,
+        per_channel=scheme.per_channel,
+        equalise=scheme.equalise,
+        keep_float=list(scheme.keep_float),
+    )
+
+
+def _least_damaged(trials: Sequence[Trial]) -> Trial:
+    """Of trials that agree no less than the best one without any operator in float."""
+    floor = _plain_agreement(trials)
+    enough = [trial for trial in trials if (trial.verdict.agreement or 0.0) >= floor]
+    return min(enough, key=lambda trial: trial.verdict.damage)
+
+
+def _plain_agreement(trials: Sequence[Trial]) -> float:
+    """Of the best without any operator in float; 0 where outputs are no classes."""
+    plain = [trial for trial in trials if not trial.scheme.keep_float]
+    return max(trial.verdict.agreement or 0.0 for trial in plain)
+
+
 def _trial_json(trial: Trial) -> dict[str, Any]:
     scheme = trial.scheme
     return {
         "calibration": scheme.calibration.method,
         "percentile": scheme.calibration.percentile,
         "per_channel": scheme.per_channel,
+        "equalise": scheme.equalise,
         "keep_float": list(scheme.keep_float),
         "float_share": trial.float_share,
         **trial.verdict.to_json(),
@@ -163,7 +181,7 @@ def choose_quantization(
 
     Args:
         model: the network in float; it is not modified.
-        calibration_batches: feeds to calibrate on.
+        calibration_batches: feeds to calibrate on; held in memory.
         judge_batches: other feeds, to measure damage on; held in memory.
         calibrations: what to try.
         per_channel: a scale per output channel of each weight.
@@ -177,16 +195,22 @@ def choose_quantization(
     report = progress or _no_progress
     report("calibrating", 0, 0)
     methods = tuple(dict.fromkeys(each.method for each in calibrations))
-    quantizer = Quantizer(model, calibration_batches, methods)
+    calibrated_on = list(calibration_batches)
+    quantizer = Quantizer(model, calibrated_on, methods)
     feeds = list(judge_batches)
     search = _Search(quantizer, feeds, float_share, time_budget, report)
     for calibration in calibrations:
         search.measure(Scheme(calibration, per_channel))
+    if not search.is_late and equalise(quantizer.model).changed:
+        report("calibrating", 0, 0)
+        search.equalised = Quantizer(quantizer.model, calibrated_on, methods, equalise=True)
+        for calibration in calibrations:
+            search.measure(Scheme(calibration, per_channel, equalise=True))
     if float_share > 0:
         search.leave_in_float()
-    best, complete = search.chosen, not search.is_late
+    best, complete = search.settled, not search.is_late
     return QuantizationChoice(
-        quantizer.quantized(best.scheme),
+        search.quantized(best.scheme),
         best,
         tuple(search.trials.values()),
         len(feeds),
@@ -210,6 +234,7 @@ class _Search:
         report: Callable[[str, int, int], None],
     ) -> None:
         self._quantizer = quantizer
+        self.equalised: Quantizer | None = None
         self._feeds = feeds
         self._judge = Judge(outputs_of(quantizer.model, feeds))
         self._largest_share = float_share
@@ -232,13 +257,27 @@ class _Search:
         found = [trial for trial in self.trials.values() if trial.scheme.keep_float == self._kept]
         return min(found, key=lambda trial: trial.verdict.damage)
 
+    @property
+    def settled(self) -> Trial:
+        """What is chosen, or another where that agrees less than with nothing in float."""
+        trials = [each for each in self.trials.values() if each.float_share <= self._largest_share]
+        best = self.chosen
+        agrees = (best.verdict.agreement or 0.0) >= _plain_agreement(trials)
+        return best if agrees else _least_damaged(trials)
+
     def measure(self, scheme: Scheme) -> Trial:
         if scheme not in self.trials:
-            found = self._quantizer.quantized(scheme)
+            found = self.quantized(scheme)
             verdict = self._judge.verdict(outputs_of(found, self._feeds))
             self.trials[scheme] = Trial(scheme, verdict, self._share(scheme.keep_float))
             self._report("measuring INT8", len(self.trials), 0)
         return self.trials[scheme]
+
+    def quantized(self, scheme: Scheme) -> Model:
+        """The network as a scheme says."""
+        quantizer = self.equalised if scheme.equalise else self._quantizer
+        assert quantizer is not None
+        return quantizer.quantized(scheme)
 
     def leave_in_float(self) -> None:
         """Look for the operators that are worth being left in float, and keep them there."""

@@ -37,8 +37,10 @@ _CHANNELS = 0.08
 # A change that cost so many times what was paid per millisecond is passed over for some rounds.
 _DEAR = 3.0
 _PASSED_OVER = 3
-# Samples that changes are compared on.
+# Samples that changes are compared on, and pictures: every value of one has an error of its own.
 _SAMPLES = 96
+_PICTURES = 32
+_VALUES_OF_A_PICTURE = 4096
 _MEMORY = 1 << 30
 _MOST_POINTS = 2000
 
@@ -99,18 +101,29 @@ class Context:
         self._types = tensor_types(bench.graph)
         run = run_part(to_proto(bench.model), threads)
         self.judge = Judge([run(feed) for feed in feeds], labels)
-        self._borders: dict[Key, list[str]] = {}
+        self._borders: dict[tuple[Key, ...], _Border] = {}
 
     def verdict(self, state: State) -> Verdict:
         """A network as a whole."""
         run = run_part(self.bench.build(state), self.threads)
         return self.judge.verdict([run(feed) for feed in self.feeds])
 
-    def border(self, key: Key) -> list[str]:
-        """Tensors that everything behind a place is computed from, the place included."""
-        if key not in self._borders:
-            self._borders[key] = sorted(_border(self.bench, key))
-        return self._borders[key]
+    @property
+    def makes_pictures(self) -> bool:
+        """Whether outputs are many values for each sample, none of them classes."""
+        first = self.judge.originals[0]
+        values = sum(first[name].size for name in self.judge.outputs)
+        samples = len(next(iter(self.feeds[0].values())))
+        return not self.judge.is_classifier and values >= _VALUES_OF_A_PICTURE * samples
+
+    def border(self, *keys: Key) -> list[str]:
+        """Tensors that everything behind places is computed from, the places included."""
+        return self._border(keys).inputs
+
+    def _border(self, keys: tuple[Key, ...]) -> _Border:
+        if keys not in self._borders:
+            self._borders[keys] = _border(self.bench, keys, self.judge.outputs)
+        return self._borders[keys]
 
     def damages(
         self,
@@ -163,7 +176,8 @@ class Context:
         """Answers of changed networks and of the present one; only what lies behind is run."""
         tallies = [Tally(self.judge) for _ in moves]
         present = Tally(self.judge)
-        names = sorted({name for key, _ in moves for name in self.border(key)})
+        borders = [self._border((move[0], *undone(self.bench, state, *move))) for move in moves]
+        names = sorted({name for border in borders for name in border.inputs})
         whole = self.bench.build(state)
         run = run_part(_with_outputs(whole, [*names, *self.judge.outputs]), self.threads)
         done = 0
@@ -172,11 +186,13 @@ class Context:
                 if progress is not None:
                     progress("measuring damage", done, 0)
                 done += 1
-                changed = self.bench.build({**state, key: replacement})
-                part = extract(changed, self.border(key), self.judge.outputs, self._types)
+                changed = self.bench.build(changed_state(self.bench, state, key, replacement))
+                border = borders[index]
+                part = extract(changed, border.inputs, border.outputs, self._types)
                 behind = run_part(part, self.threads)
                 for tensors in captured:
-                    tallies[index].add(behind(tensors))
+                    # Outputs that the change does not reach are as they were.
+                    tallies[index].add({**tensors, **behind(tensors)})
             for tensors in captured:
                 present.add(tensors)
         return tallies, present
@@ -208,21 +224,57 @@ def _with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelPro
     return proto
 
 
-def _border(bench: Workbench, key: Key) -> Iterable[str]:
-    if key in bench.inner:
-        place = bench.inner[key]
-        heads = [cut.node for cut in place.cuts if cut.node in place.nodes]
-        heads.append(place.consumer)
-    else:
-        heads = list(bench.segments[key].nodes)
+def undone(bench: Workbench, state: State, key: Key, replacement: Replacement) -> list[Key]:
+    """Narrowed places that are no longer there once a segment is replaced: they share operators."""
+    if replacement.family == "narrow":
+        return []
+    inside = touched(bench, key)
+    return [name for name, each in state.items() if each.family == "narrow" and name in inside]
+
+
+def changed_state(
+    bench: Workbench, state: State, key: Key, replacement: Replacement
+) -> dict[Key, Replacement]:
+    """A state with one change more."""
+    gone = undone(bench, state, key, replacement)
+    return {**{name: each for name, each in state.items() if name not in gone}, key: replacement}
+
+
+def touched(bench: Workbench, key: Key) -> list[Key]:
+    """Inner channels that a segment holds, or that begin or end in it."""
+    nodes = set(bench.segments[key].nodes)
+    return [each for each, place in bench.inner.items() if not nodes.isdisjoint(place.nodes)]
+
+
+@dataclass(frozen=True)
+class _Border:
+    """What lies behind places.
+
+    Attributes:
+        inputs: tensors that it is computed from, sorted.
+        outputs: of the network, those that it makes.
+    """
+
+    inputs: list[str]
+    outputs: list[str]
+
+
+def _border(bench: Workbench, keys: Iterable[Key], outputs: Sequence[str]) -> _Border:
     reached: set[ir.Node] = set()
-    waiting = heads
+    waiting: list[ir.Node] = []
+    for key in keys:
+        if key in bench.inner:
+            place = bench.inner[key]
+            waiting += [cut.node for cut in place.cuts if cut.node in place.nodes]
+            waiting.append(place.consumer)
+        if key in bench.segments:
+            waiting += bench.segments[key].nodes
     while waiting:
         node = waiting.pop()
         if node not in reached:
             reached.add(node)
             waiting.extend(reader for value in node.outputs for reader in consumers(value))
-    return {
+    inputs = {
         value.name or ""
         for node in reached
         for value in node.inputs
@@ -230,6 +282,8 @@ def _border(bench: Workbench, key: Key) -> Iterable[str]:
         and value.producer() not in reached
         and not bench.graph.is_constant(value)
     }
+    made = {value.name for node in reached for value in node.outputs}
+    return _Border(sorted(inputs), [name for name in outputs if name in made])
 
 
 class Search:
@@ -248,6 +302,7 @@ class Search:
         self.bench = context.bench
         self.times = times
         self._drops = smallest_drops(self.bench) if "identity" in families else []
+        self._touched = {key: touched(self.bench, key) for key in self._drops}
         self._narrows = "narrow" in families
         self._dear: dict[tuple[Key, Replacement], int] = {}
         self._round = 0
@@ -281,20 +336,20 @@ class Search:
         if not moves:
             return False
         added = self.context.added_damages(
-            state, [(move.key, move.replacement) for move in moves], progress, _SAMPLES
+            state,
+            [(move.key, move.replacement) for move in moves],
+            progress,
+            _PICTURES if self.context.makes_pictures else _SAMPLES,
         )
         moves = [
             _Move(move.key, move.replacement, move.gain, damage)
             for move, damage in zip(moves, added, strict=True)
         ]
-        chosen = cheapest(self._alternatives(moves), wanted)
+        chosen = self._compatible(cheapest(self._alternatives(moves), wanted))
         self._remember(moves, chosen)
         found = dict(state)
         for move in chosen:
-            found[move.key] = move.replacement
-            if move.replacement.family == "identity":
-                for key in self._inside(move.key):
-                    found.pop(key, None)
+            found = changed_state(self.bench, found, move.key, move.replacement)
         verdict = self.context.verdict(found)
         after = self.times.predict(found)
         predicted = present.verdict.damage + sum(move.damage for move in chosen)
@@ -308,17 +363,18 @@ class Search:
 
     def _moves(self, state: State) -> list[_Move]:
         dropped = [key for key, each in state.items() if each.family == "identity"]
-        gone = {inner for key in dropped for inner in self._inside(key)}
+        gone = {inner for key in dropped for inner in self._touched[key]}
+        nodes = {node for key in dropped for node in self.bench.segments[key].nodes}
+        drops = [key for key in self._drops if nodes.isdisjoint(self.bench.segments[key].nodes)]
         found = []
         latency = self.present.latency
         for key, replacement in itertools.chain(
             self._narrower(state, gone) if self._narrows else (),
-            ((key, Replacement("identity")) for key in self._drops if key not in dropped),
+            ((key, Replacement("identity")) for key in drops),
         ):
             if self._dear.get((key, replacement), -1) > self._round:
                 continue
-            changed = {k: v for k, v in state.items() if k not in self._inside(key)}
-            changed[key] = replacement
+            changed = changed_state(self.bench, state, key, replacement)
             gain = latency - self.times.predict(changed)
             if gain > 0:
                 found.append(_Move(key, replacement, gain))
@@ -337,18 +393,34 @@ class Search:
                 if target >= step:
                     yield key, Replacement("narrow", target)
 
-    def _inside(self, key: Key) -> list[Key]:
-        """Inner channels that lie in a segment."""
-        if key not in self._drops:
-            return []
-        nodes = set(self.bench.segments[key].nodes)
-        return [each for each, place in self.bench.inner.items() if nodes.issuperset(place.nodes)]
+    def _compatible(self, moves: Sequence[_Move]) -> list[_Move]:
+        """Of moves that share operators with a segment that is dropped, the one that wins most.
+
+        What alternatives by place leave over: a place may begin in one segment and end in the next.
+        """
+        found: list[_Move] = []
+        taken: set[ir.Node] = set()
+        for move in sorted(moves, key=lambda each: -each.gain):
+            drops = move.replacement.family == "identity"
+            if drops:
+                nodes = set(self.bench.segments[move.key].nodes)
+            else:
+                nodes = set(self.bench.inner[move.key].nodes)
+            if not nodes.isdisjoint(taken):
+                continue
+            others = {each.key for each in found if each.replacement.family == "narrow"}
+            if drops and not others.isdisjoint(self._touched[move.key]):
+                continue
+            if drops:
+                taken |= nodes
+            found.append(move)
+        return found
 
     def _alternatives(self, moves: Sequence[_Move]) -> list[list[_Move]]:
         """Moves by place; a segment and the channels inside it exclude each other."""
         owner: dict[Key, Key] = {}
         for key in self._drops:
-            for inner in self._inside(key):
+            for inner in self._touched[key]:
                 owner[inner] = key
         groups: dict[Key, list[_Move]] = {}
         for move in moves:

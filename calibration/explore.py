@@ -16,17 +16,25 @@ import numpy as np
 import onnx
 
 from graphfold.calibration.capture import run_part
-from graphfold.calibration.choosing import QuantizationChoice, choose_quantization
-from graphfold.calibration.context import Context, Point, Search
+from graphfold.calibration.choosing import QuantizationChoice, choose_quantization, settings_of
+from graphfold.calibration.context import Context, Point, Search, smallest_drops
 from graphfold.calibration.judge import Verdict
 from graphfold.calibration.latency import compare
 from graphfold.calibration.nodetimes import NodeTimes, measure_nodes
-from graphfold.calibration.planned import scheme_of
-from graphfold.calibration.quantize import Quantizer, roughly_quantized
-from graphfold.calibration.split import at_most, one_sample, read_split, samples_of
+from graphfold.calibration.planned import quantized_as
+from graphfold.calibration.quantize import roughly_quantized
+from graphfold.calibration.split import (
+    at_most,
+    one_sample,
+    portions_of,
+    read_split,
+    samples_of,
+)
 from graphfold.calibration.workbench import Key, Replacement, State, Workbench, names_of
+from graphfold.candidates import find_candidates
 from graphfold.model import adopt, digest, to_proto
 from graphfold.plan import ModelReference, Plan, Quantize, read_plan
+from graphfold.reasons import why_nothing_goes
 
 if TYPE_CHECKING:
     from graphfold.calibration.dataset import Dataset
@@ -84,6 +92,8 @@ class Exploration:
         held: those that judge.
         bench, context: of `graphfold.calibration`.
         seconds: per stage.
+        plain_int8: the model in INT8 with nothing left in float, by the best calibration; None
+            until it was asked for a route in INT8.
 
     Raises:
         DataError: too little data, too much, or none that fits.
@@ -108,9 +118,11 @@ class Exploration:
         self.families = families
         self.progress = progress or _no_progress
         self.seconds: dict[str, float] = {}
+        self.plain_int8: Option | None = None
+        self._nothing_in_float: Quantize | None = None
         self._clock = time.monotonic()
         self.progress("reading data", 0, 0)
-        split = read_split(data)
+        split = read_split(data, portions_of(model, data))
         self.feeds, self.fitted_on, self.held = split.feeds, split.fitted, split.held
         self.progress("folding", 0, 0)
         self.folded = optimize_model(model, None, verify=False).folded
@@ -122,6 +134,7 @@ class Exploration:
             "provider": provider,
             "samples": sum(map(samples_of, self.feeds)),
             "judged_on": sum(map(samples_of, self.held)),
+            "judged_by": dict(self.context.judge.kinds),
             "data": data.name,
         }
         self.stage("reading and folding")
@@ -139,6 +152,14 @@ class Exploration:
         self.bench.collect(feeds, progress=self.progress)
         self.bench.prepare(self.progress)
         self.stage("fitting")
+
+    def obstacle(self) -> str | None:
+        """Why nothing can be narrowed or dropped, after fitting; None where something can."""
+        bench = self.bench
+        narrows = "narrow" in self.families and any(map(bench.has_moments, bench.inner))
+        if narrows or ("identity" in self.families and smallest_drops(bench)):
+            return None
+        return why_nothing_goes(find_candidates(bench.graph))
 
     def original(self) -> Option:
         """The model as it is."""
@@ -161,6 +182,10 @@ class Exploration:
             ModelError: the model cannot be quantized.
         """
         plain = self.measured(self.quantized({}, None, time_budget))
+        if self._nothing_in_float != plain.quantize:
+            self.plain_int8 = self.measured(self.quantized({}, self._nothing_in_float))
+        else:
+            self.plain_int8 = plain
         search = Search(self.context, self._times(self._roughly), self.families)
 
         def option(point: Point) -> Option:
@@ -200,10 +225,10 @@ class Exploration:
                 folded, feeds, self.held, progress=self.progress, time_budget=time_budget
             )
             settings, network = choice.settings, choice.model
+            self._nothing_in_float = settings_of(choice.plain.scheme)
         else:
             self.progress("quantizing", 0, 0)
-            quantizer = Quantizer(folded, feeds, [settings.calibration])
-            network = quantizer.quantized(scheme_of(settings))
+            network = quantized_as(folded, feeds, settings)
         return Option("int8", state, 1.0, self.judged(to_proto(network)), quantize=settings)
 
     def judged(self, proto: onnx.ModelProto) -> Verdict:
@@ -234,10 +259,10 @@ class Exploration:
         return replace(option, speedup=found.models[1].speedup, measured=True)
 
     def _quantized_for_timing(self, proto: onnx.ModelProto, settings: Quantize) -> onnx.ModelProto:
-        """With the ranges of one feed: latency does not depend on them."""
-        quantizer = Quantizer(adopt(proto, check=False), [self.timed], ["minmax"])
-        quick = settings.model_copy(update={"calibration": "minmax", "percentile": None})
-        return to_proto(quantizer.quantized(scheme_of(quick)))
+        """With the ranges of one feed: latency depends neither on them nor on channels' scales."""
+        plain = {"calibration": "minmax", "percentile": None, "equalise": False}
+        quick = settings.model_copy(update=plain)
+        return to_proto(quantized_as(adopt(proto, check=False), [self.timed], quick))
 
 
 class Route:

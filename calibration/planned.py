@@ -40,7 +40,19 @@ def scheme_of(settings: Quantize) -> Scheme:
     """A plan's settings as the quantizer takes them."""
     percentile = DEFAULT_PERCENTILE if settings.percentile is None else settings.percentile
     calibration = Calibration(settings.calibration, percentile)
-    return Scheme(calibration, settings.per_channel, tuple(settings.keep_float))
+    kept = tuple(settings.keep_float)
+    return Scheme(calibration, settings.per_channel, kept, settings.equalise)
+
+
+def quantized_as(model: Model, feeds: Iterable[Feed], settings: Quantize) -> Model:
+    """The network in INT8 with these settings, calibrated on these feeds.
+
+    Raises:
+        PlanError: a tensor to keep in float that no operator makes.
+        ModelError: the network cannot be quantized. DataError: no feeds, or none that fit.
+    """
+    quantizer = Quantizer(model, feeds, [settings.calibration], equalise=settings.equalise)
+    return quantizer.quantized(scheme_of(settings))
 
 
 def quantize_as_planned(model: Model, settings: Quantize, feeds: Sequence[Feed]) -> Quantized:
@@ -53,8 +65,7 @@ def quantize_as_planned(model: Model, settings: Quantize, feeds: Sequence[Feed])
     if not feeds:
         raise DataError("no images to calibrate on")
     calibrate, judge = split(feeds)
-    quantizer = Quantizer(model, calibrate, [settings.calibration])
-    found = quantizer.quantized(scheme_of(settings))
+    found = quantized_as(model, calibrate, settings)
     return Quantized(
         model=found,
         settings=settings,

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from graphfold.calibration.equalise import equalise as equalised
 from graphfold.calibration.ranges import (
     DEFAULT_PERCENTILE,
     Calibration,
@@ -55,11 +56,13 @@ class Scheme:
         calibration: how activations' ranges are found.
         per_channel: a scale per output channel of each weight, instead of one.
         keep_float: tensors whose operators stay in float, sorted.
+        equalise: whether channels are scaled first, see `graphfold.calibration.equalise`.
     """
 
     calibration: Calibration = field(default_factory=Calibration)
     per_channel: bool = True
     keep_float: tuple[str, ...] = ()
+    equalise: bool = False
 
 
 class Quantizer:
@@ -69,6 +72,8 @@ class Quantizer:
         model: the network; it is not modified.
         batches: feeds to calibrate on, run through once.
         methods: the calibrations that schemes will ask for.
+        equalise: scale its channels first, where their ranges are far apart: for schemes that say
+            so, as activations have other ranges then.
 
     Raises:
         ModelError: it has nothing that onnxruntime quantizes, or cannot be brought to a form
@@ -76,12 +81,23 @@ class Quantizer:
         DataError: no feeds, or none that fit.
     """
 
-    def __init__(self, model: Model, batches: Iterable[Feed], methods: Sequence[Method]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        batches: Iterable[Feed],
+        methods: Sequence[Method],
+        *,
+        equalise: bool = False,
+    ) -> None:
+        self.equalise = equalise
         self.model = without_norms(model)
+        if equalise:
+            self.model = equalised(self.model).model
         self._proto = prepared(self.model)
         self._nodes = _quantizable(self._proto)
         if not any(node.op_type in WEIGHTED for node in self._nodes):
             raise ModelError("has no convolution or product that INT8 kernels compute")
+        _check_weights(self._proto, self._nodes)
         self._odd = {node.name for node in self._nodes if _is_odd_clip(node, self._proto)}
         self._absorbed = _absorbed(self._proto, self._odd)
         names = _activations(self._proto, self._nodes) - self._absorbed.keys()
@@ -98,6 +114,7 @@ class Quantizer:
             PlanError: a tensor to keep in float that no operator makes.
             ModelError: onnxruntime cannot quantize it.
         """
+        assert scheme.equalise == self.equalise
         from onnxruntime import quantization
         from onnxruntime.quantization.calibrate import TensorData
 
@@ -313,6 +330,21 @@ def _quantized_types() -> frozenset[str]:
 
 def _quantizable(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in proto.graph.node if node.op_type in _quantized_types()]
+
+
+def _check_weights(proto: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Weights in 8 bits are constants: nobody may override them.
+
+    Raises:
+        ModelError: some are inputs.
+    """
+    inputs = {item.name for item in proto.graph.input}
+    open_weights = inputs & {item.name for item in proto.graph.initializer}
+    if any(name in open_weights for node in nodes for name in node.input):
+        raise ModelError(
+            "has weights that are inputs, which callers may override",
+            hint="`python -m onnxruntime.tools.remove_initializer_from_input` fixes them",
+        )
 
 
 def _activations(proto: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> set[str]:

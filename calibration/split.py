@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from graphfold.calibration.capture import sizes_of
+from graphfold.calibration.dataset import BATCH
 from graphfold.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ MOST_JUDGED = 200
 _MOST_BYTES = 2 << 30
 
 Feed = dict[str, NDArray[Any]]
+# What all tensors of the network may take for one batch, and the outputs that judge.
+_MOST_AT_ONCE = 1 << 29
+_FEWEST_JUDGED = 8
 _Any = TypeVar("_Any")
 
 
@@ -60,15 +65,49 @@ class Split:
         return found.hexdigest()
 
 
-def read_split(data: Dataset) -> Split:
+@dataclass(frozen=True)
+class Portions:
+    """How much of the data goes through a network at once, and how much judges.
+
+    Attributes:
+        batch: samples; None is as many as usual.
+        judged: samples at most.
+    """
+
+    batch: int | None = None
+    judged: int = MOST_JUDGED
+
+
+def portions_of(model: Model, data: Dataset) -> Portions:
+    """As memory has it: of large pictures few are taken at once, and fewer judge.
+
+    Raises:
+        DataError: what is read does not fit the model.
+    """
+    first = next(data.batches(1))
+    sizes = sizes_of(model, first.feed)
+    outputs = [value.name for value in model.ir.graph.outputs]
+    all_of_one = sum(sizes.values()) / first.samples
+    judged_of_one = sum(sizes.get(name or "", 0) for name in outputs) / first.samples
+    batch = None if all_of_one * BATCH <= _MOST_AT_ONCE else max(1, _MOST_AT_ONCE // all_of_one)
+    judged = max(_FEWEST_JUDGED, int(_MOST_AT_ONCE / max(judged_of_one, 1)))
+    return Portions(None if batch is None else int(batch), min(MOST_JUDGED, judged))
+
+
+def read_split(data: Dataset, portions: Portions | None = None) -> Split:
     """Read all inputs and hold every fifth batch back.
+
+    Args:
+        data: the inputs.
+        portions: how much at once, and how much to judge on; as usual by default.
 
     Raises:
         DataError: what is read does not fit the model, or there is not enough of it.
     """
+    portions = portions or Portions()
     batches: list[Batch] = []
     size = 0
-    for batch in data.batches():
+    for batch in data.batches(portions.batch):
         size += sum(array.nbytes for array in batch.feed.values())
         if size > _MOST_BYTES:
             raise DataError(
@@ -87,7 +126,7 @@ def read_split(data: Dataset) -> Split:
         )
     feeds = [dict(batch.feed) for batch in batches]
     fitted = [feed for number, feed in enumerate(feeds) if number % HELD_EVERY != HELD_EVERY - 1]
-    judged = at_most(held, [batch.samples for batch in held], MOST_JUDGED)
+    judged = at_most(held, [batch.samples for batch in held], portions.judged)
     known = [batch.labels for batch in judged if batch.labels is not None]
     labels = np.concatenate(known) if len(known) == len(judged) else None
     return Split(feeds, fitted, [dict(batch.feed) for batch in judged], labels)

@@ -25,6 +25,7 @@ from graphfold.calibration.capture import (
     captured,
     choose_places,
     patches,
+    sizes_of,
     window_of,
 )
 from graphfold.calibration.channels import (
@@ -158,7 +159,7 @@ class Workbench:
         self._largest.update(segments or {})
         jobs += [self._segment_job(self.segments[key], k) for key, k in (segments or {}).items()]
         jobs = [job for job in jobs if job.features <= LARGEST_FEATURES]
-        parts = list(_parts(jobs, memory // 2))
+        parts = list(_parts(jobs, memory // 2, sizes_of(self.model, feeds[0])))
         for number, part in enumerate(parts):
             stage = "gathering moments" + (f" {number + 1}/{len(parts)}" if len(parts) > 1 else "")
             self._collect(part, feeds, threads, stage, progress)
@@ -481,15 +482,23 @@ class _Job:
         moments.add(patches(x, window, places), targets)
 
 
-def _parts(jobs: Sequence[_Job], limit: int) -> Iterator[list[_Job]]:
+def _parts(jobs: Sequence[_Job], limit: int, sizes: Mapping[str, int]) -> Iterator[list[_Job]]:
+    """Jobs whose moments, and whose tensors for one feed, both keep to the limit."""
     part: list[_Job] = []
-    size = 0
+    size = captured_size = 0
+    names: set[str] = set()
     for job in jobs:
-        if part and size + job.bytes > limit:
+        new = {job.read, job.target} - names
+        more = sum(sizes.get(name, 0) for name in new)
+        if part and (size + job.bytes > limit or captured_size + more > limit):
             yield part
-            part, size = [], 0
+            part, size, captured_size, names = [], 0, 0, set()
+            new = {job.read, job.target}
+            more = sum(sizes.get(name, 0) for name in new)
         part.append(job)
         size += job.bytes
+        captured_size += more
+        names |= new
     if part:
         yield part
 

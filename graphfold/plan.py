@@ -115,6 +115,11 @@ class Quantize(_Strict):
     per_channel: bool = Field(
         default=True, description="a scale per output channel of each weight, instead of one"
     )
+    equalise: bool = Field(
+        default=False,
+        description="first scale channels between convolutions whose ranges are far apart; the "
+        "network in float computes the same",
+    )
     keep_float: list[TensorName] = Field(
         default_factory=list, description="tensors whose operators stay in float"
     )

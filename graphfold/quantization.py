@@ -62,6 +62,7 @@ class Quantized:
         rows = [
             ("calibration", f"{how}, {self.calibrated} images"),
             ("weights", "a scale per channel" if settings.per_channel else "one scale each"),
+            ("channels", "equalised" if settings.equalise else "as they are"),
             ("left in float", str(len(settings.keep_float))),
             ("agreement with float", None if share is None else f"{100 * share:.1f} %"),
             ("damage against float", tables.error(self.verdict.damage)),

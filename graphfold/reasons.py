@@ -56,6 +56,14 @@ def why_nothing_changes(candidates: Candidates) -> str:
     return "; ".join(reasons) or what_ends_segments(candidates)
 
 
+def why_nothing_goes(candidates: Candidates) -> str:
+    """Why no channel and no block of a graph may go, with what to do about it if that is known."""
+    unusable = unusable_convolutions(candidates).most_common()
+    if not unusable:
+        return what_ends_segments(candidates)
+    return "; ".join(f"of {count} convolutions {what} ({do})" for (what, do), count in unusable)
+
+
 def _why_unusable(graph: Graph, node: ir.Node) -> tuple[str, str]:
     quantized = (
         "the weights are quantized",

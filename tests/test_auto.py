@@ -15,11 +15,13 @@ from searchable import by_macs, feeds, network
 import graphfold
 from graphfold.calibration import explore
 from graphfold.calibration.auto import auto, find_plan
+from graphfold.calibration.choosing import DEFAULT_CALIBRATIONS
 from graphfold.calibration.dataset import read_dataset
 from graphfold.calibration.explore import Exploration
 from graphfold.cli import main
 from graphfold.errors import BudgetError, DataError, UsageError
 from graphfold.model import load, to_proto
+from graphfold.plan import Quantize
 from graphfold.specs import model_inputs
 
 # How much faster INT8 is on the device that is made up.
@@ -198,3 +200,37 @@ def test_a_device_that_is_faster_than_predicted_is_not_walked_too_far(files, mon
     found = find_plan(*arguments(files), speedup=1.3)
     # Predicted alone, at least 1.3 would have been taken, which is 1.43 on this device.
     assert 1.3 <= found.chosen.speedup < 1.42
+
+
+def test_never_less_agreement_than_int8_by_its_best_calibration(files):
+    model, data = arguments(files)
+    found = find_plan(model, data, speedup=1.5, dtype="auto")
+    explored = Exploration(model, data)
+    trials = [
+        explored.quantized({}, Quantize(calibration=each.method, percentile=each.percentile))
+        for each in DEFAULT_CALIBRATIONS
+    ]
+    plain = max(trial.verdict.agreement for trial in trials)
+    assert found.chosen.verdict.agreement >= plain
+
+
+def test_weights_that_are_inputs_are_told_with_what_to_do(files, tmp_path):
+    proto = onnx.load(files[0])
+    for item in proto.graph.initializer:
+        kind = onnx.helper.make_tensor_value_info(item.name, item.data_type, item.dims)
+        proto.graph.input.append(kind)
+    path = tmp_path / "open.onnx"
+    onnx.save(proto, path)
+    model = load(path)
+    data = read_dataset(str(files[1]), model_inputs(load(files[0])))
+    with pytest.raises(BudgetError) as error:
+        find_plan(model, data, speedup=1.5, dtype="auto")
+    assert "which callers may override" in error.value.hint
+    assert "remove_initializer_from_input" in error.value.hint
+    assert "no INT8" in error.value.hint
+
+
+def test_what_outputs_are_judged_by_is_told(files):
+    done = auto(*arguments(files), speedup=1.2)
+    assert done.found.settings["judged_by"] == {"y": "logits"}
+    assert ("judged by", "classes of y") in done.found.tables()[1].rows

@@ -12,24 +12,30 @@ from builders import ModelBuilder
 from numpy.typing import NDArray
 
 from graphfold.calibration import choosing
-from graphfold.calibration.choosing import QuantizationChoice, choose_quantization
-from graphfold.calibration.judge import Judge, outputs_of
-from graphfold.calibration.planned import scheme_of
+from graphfold.calibration.choosing import QuantizationChoice, Trial, choose_quantization
+from graphfold.calibration.judge import Judge, Verdict, outputs_of
+from graphfold.calibration.planned import quantized_as, scheme_of
+from graphfold.calibration.quantize import Scheme
 from graphfold.calibration.ranges import Calibration
 from graphfold.errors import DataError
-from graphfold.model import load
+from graphfold.model import load, to_proto
 
 FEW = (Calibration("minmax"), Calibration("percentile", 99.0))
 
 
-def fragile() -> onnx.ModelProto:
-    """A chain whose second convolution's output holds one channel 3,000 times as large."""
+def fragile(*, can_equalise: bool = False) -> onnx.ModelProto:
+    """A chain whose second convolution's output holds one channel 3,000 times as large.
+
+    A limit that nothing reaches keeps its channels from being scaled.
+    """
     build = ModelBuilder((1, 3, 12, 12))
     x = build.op("Relu", build.conv("x", 16, 3, pad=1, out="first"))
     scale = np.ones(16)
     scale[0] = 3000.0
     weight = build.rng.standard_normal((16, 16, 1, 1)) * scale[:, None, None, None] / 4
-    x = build.op("Relu", build.conv(x, 16, weight=build.constant(weight), out="wide"))
+    x = build.conv(x, 16, weight=build.constant(weight), out="wide")
+    limits = () if can_equalise else (build.constant(0.0), build.constant(1e9))
+    x = build.op("Clip" if limits else "Relu", x, *limits)
     weight = build.rng.standard_normal((16, 16, 3, 3)) / scale[:, None, None] / 12
     x = build.op("Relu", build.conv(x, 16, 3, weight=build.constant(weight), out="narrow", pad=1))
     x = build.op("Relu", build.conv(x, 32, 3, pad=1, out="large"))
@@ -121,3 +127,35 @@ def test_images_are_needed() -> None:
         choose_quantization(load(fragile()), [], feeds(1, 1), calibrations=FEW)
     with pytest.raises(DataError, match="judge"):
         choose_quantization(load(fragile()), feeds(1, 0), [], calibrations=FEW)
+
+
+def test_channels_are_equalised_where_that_is_measured_to_help() -> None:
+    proto = fragile(can_equalise=True)
+    found = choose_quantization(
+        load(proto), feeds(12, 0), feeds(40, 1), calibrations=FEW, float_share=0.0
+    )
+    uneven = [trial for trial in found.trials if not trial.scheme.equalise]
+    assert found.trial.scheme.equalise
+    assert found.trial.verdict.damage < 0.5 * min(each.verdict.damage for each in uneven)
+    assert found.settings.equalise
+    again = to_proto(quantized_as(load(proto), feeds(12, 0), found.settings))
+    assert list(again.graph.initializer) == list(to_proto(found.model).graph.initializer)
+
+
+def test_no_channels_are_equalised_where_ranges_do_not_ask_for_it() -> None:
+    build = ModelBuilder((1, 3, 12, 12))
+    x = build.op("Relu", build.conv("x", 8, 3, pad=1))
+    model = load(build.model(build.conv(x, 6, out="y")))
+    found = choose_quantization(model, feeds(4, 0), feeds(8, 1), calibrations=FEW, float_share=0)
+    assert not any(trial.scheme.equalise for trial in found.trials)
+
+
+def test_agreement_is_never_less_than_with_nothing_in_float() -> None:
+    def trial(kl: float, agreement: float, kept: tuple[str, ...] = ()) -> Trial:
+        return Trial(Scheme(keep_float=kept), Verdict(kl, agreement), 0.0)
+
+    best = trial(0.2, 0.95)
+    # The least divergence of all agrees less.
+    assert choosing._least_damaged([trial(0.1, 0.9), best, trial(0.05, 0.94, ("a",))]) == best
+    kept = trial(0.05, 0.96, ("a",))
+    assert choosing._least_damaged([trial(0.1, 0.9), best, kept]) == kept

@@ -5,13 +5,22 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import onnx
 import pytest
+from builders import ModelBuilder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from searchable import by_macs, feeds, network
 
 from graphfold.calibration import context as module
-from graphfold.calibration.context import Context, Search, cheapest, smallest_drops
+from graphfold.calibration.context import (
+    Context,
+    Search,
+    changed_state,
+    cheapest,
+    smallest_drops,
+    touched,
+)
 from graphfold.calibration.workbench import Replacement, Workbench
 from graphfold.model import load
 
@@ -168,3 +177,64 @@ def test_predicted_times_follow_widths_and_drops(bench):
     gone = sum(times.samples[node][1][1] for node in inside)
     assert gone > 0
     assert times.predict({drop: Replacement("identity")}) == pytest.approx(whole - gone)
+
+
+def plain_chain() -> onnx.ModelProto:
+    """No shortcuts: depthwise and pointwise in turns, and a second output from the middle."""
+    net = ModelBuilder((None, 3, 8, 8), seed=5)
+    y = net.op("Relu", net.conv("x", 16, 3, pad=1))
+    for number in range(4):
+        y = net.op("Relu", net.depthwise(y, 3, pad=1), out=f"deep{number}")
+        y = net.op("Relu", net.conv(y, 16, 1), out=f"wide{number}")
+    side = net.conv(net.op("Relu", net.conv("wide1", 16, 3, pad=1)), 4, 1, out="side")
+    model = net.model(net.conv(y, 3, 1, out="y"))
+    model.graph.output.append(onnx.ValueInfoProto(name=side))
+    return onnx.shape_inference.infer_shapes(model)
+
+
+@pytest.fixture(scope="module")
+def chain() -> Workbench:
+    found = Workbench(load(plain_chain()))
+    inputs = [{"x": feed["x"][:, :, :8, :8]} for feed in feeds(12, 0)]
+    found.collect(inputs, threads=1)
+    found.prepare()
+    return found
+
+
+def test_places_that_share_operators_exclude_each_other(chain):
+    inputs = [{"x": feed["x"][:, :, :8, :8]} for feed in feeds(3, 1)]
+    context = Context(chain, inputs, threads=1)
+    drops = smallest_drops(chain)
+    crossing = [(drop, place) for drop in drops for place in touched(chain, drop)]
+    assert crossing
+    for drop, place in crossing:
+        state = {place: Replacement("narrow", 8)}
+        found = changed_state(chain, state, drop, Replacement("identity"))
+        assert found == {drop: Replacement("identity")}
+        expected = context.verdict(found).damage
+        (damage,) = context.damages(state, [(drop, Replacement("identity"))])
+        assert damage == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_chain_without_shortcuts_is_walked_to_its_end(chain):
+    inputs = [{"x": feed["x"][:, :, :8, :8]} for feed in feeds(3, 1)]
+    search = Search(Context(chain, inputs, threads=1), by_macs(chain))
+    while search.step(0.0):
+        state = search.present.state
+        gone = [key for key, each in state.items() if each.family == "identity"]
+        nodes = [node for key in gone for node in chain.segments[key].nodes]
+        assert len(nodes) == len(set(nodes))
+        assert not any(place in state for key in gone for place in touched(chain, key))
+    assert search.present.speedup > 1.5
+
+
+def test_outputs_that_a_change_does_not_reach_stay(chain):
+    inputs = [{"x": feed["x"][:, :, :8, :8]} for feed in feeds(3, 1)]
+    context = Context(chain, inputs, threads=1)
+    behind = [key for key in chain.inner if key[1] == "side"]
+    assert behind
+    assert context._border(tuple(behind)).outputs == ["side"]
+    move = (behind[0], Replacement("narrow", 8))
+    expected = context.verdict(dict([move])).damage
+    assert expected > 0
+    np.testing.assert_allclose(context.damages({}, [move]), expected, rtol=1e-3)

@@ -121,3 +121,59 @@ def test_what_is_not_finite_is_left_out_of_a_document():
     verdict = Judge([{"y": values}]).verdict([{"y": values}])
     assert verdict.psnr == np.inf
     assert verdict.to_json() == {"damage": 0.0, "max_error": 0.0}
+
+
+def coordinates(seed, count=20, points=30):
+    """Each column around a place of its own, as the points of a face are."""
+    rng = np.random.default_rng(seed)
+    places = 20 + 80 * np.random.default_rng(0).random(points)
+    return (places + 3 * rng.normal(size=(count, points))).astype(np.float32)
+
+
+def test_coordinates_and_embeddings_are_no_classes():
+    assert Judge([{"y": coordinates(1)}]).kinds == {"y": "values"}
+    embedding = logits(2, 20, 16)
+    embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
+    assert Judge([{"y": embedding}]).kinds == {"y": "values"}
+    assert Judge([{"y": logits(2, 20, 16)}]).kinds == {"y": "logits"}
+    # Whoever has labels means classes.
+    labels = np.arange(20) % 3
+    assert Judge([{"y": coordinates(1)}], labels).kinds == {"y": "logits"}
+
+
+def test_beside_probabilities_nothing_is_logits():
+    one = {"box": logits(3, 20, 4), "face": softmax(logits(4, 20, 2))}
+    judge = Judge([one])
+    assert judge.kinds == {"box": "values", "face": "probabilities"}
+    assert judge.classes == ["face"]
+    # The classes stay, the boxes move: both are told.
+    verdict = judge.verdict([{**one, "box": one["box"] + 0.1}])
+    assert verdict.agreement == 1.0
+    span = np.ptp(one["box"])
+    assert verdict.psnr == pytest.approx(20 * np.log10(span / 0.1), rel=1e-4)
+    assert verdict.damage > 0
+
+
+def test_agreement_is_that_of_all_outputs_that_tell_classes():
+    left, right = np.eye(4, dtype=np.float32) * 9, np.eye(4, dtype=np.float32) * 9
+    wrong = np.roll(left, 1, axis=1)
+    judge = Judge([{"a": left, "b": right}])
+    moved = {"a": np.vstack([wrong[:1], left[1:]]), "b": np.vstack([right[:3], wrong[3:]])}
+    assert judge.verdict([moved]).agreement == 0.5
+
+
+def test_no_error_is_no_number_of_a_report():
+    images = np.random.default_rng(1).normal(size=(4, 3, 5, 5)).astype(np.float32)
+    verdict = Judge([{"y": images}]).verdict([{"y": images}])
+    assert verdict.psnr == np.inf
+    assert "psnr" not in verdict.to_json()
+
+
+def test_pictures_of_several_sizes():
+    rng = np.random.default_rng(2)
+    small = rng.normal(size=(2, 3, 4, 4)).astype(np.float32)
+    large = rng.normal(size=(2, 3, 6, 8)).astype(np.float32)
+    judge = Judge([{"y": small}, {"y": large}])
+    variance = np.concatenate([small.ravel(), large.ravel()]).astype(np.float64).var()
+    verdict = judge.verdict([{"y": small + 0.5}, {"y": large + 0.5}])
+    assert verdict.damage == pytest.approx(0.25 / variance, rel=1e-5)
