@@ -201,7 +201,7 @@ def choose_quantization(
     search = _Search(quantizer, feeds, float_share, time_budget, report)
     for calibration in calibrations:
         search.measure(Scheme(calibration, per_channel))
-    if not search.is_late and equalise(quantizer.model).changed:
+    if equalise(quantizer.model).changed and not search.is_late:
         report("calibrating", 0, 0)
         search.equalised = Quantizer(quantizer.model, calibrated_on, methods, equalise=True)
         for calibration in calibrations:

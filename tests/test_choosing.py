@@ -29,16 +29,20 @@ def fragile(*, can_equalise: bool = False) -> onnx.ModelProto:
     A limit that nothing reaches keeps its channels from being scaled.
     """
     build = ModelBuilder((1, 3, 12, 12))
-    x = build.op("Relu", build.conv("x", 16, 3, pad=1, out="first"))
+
+    def active(value: str) -> str:
+        if can_equalise:
+            return build.op("Relu", value)
+        return build.op("Clip", value, build.constant(0.0), build.constant(1e9))
+
+    x = active(build.conv("x", 16, 3, pad=1, out="first"))
     scale = np.ones(16)
     scale[0] = 3000.0
     weight = build.rng.standard_normal((16, 16, 1, 1)) * scale[:, None, None, None] / 4
-    x = build.conv(x, 16, weight=build.constant(weight), out="wide")
-    limits = () if can_equalise else (build.constant(0.0), build.constant(1e9))
-    x = build.op("Clip" if limits else "Relu", x, *limits)
+    x = active(build.conv(x, 16, weight=build.constant(weight), out="wide"))
     weight = build.rng.standard_normal((16, 16, 3, 3)) / scale[:, None, None] / 12
-    x = build.op("Relu", build.conv(x, 16, 3, weight=build.constant(weight), out="narrow", pad=1))
-    x = build.op("Relu", build.conv(x, 32, 3, pad=1, out="large"))
+    x = active(build.conv(x, 16, 3, weight=build.constant(weight), out="narrow", pad=1))
+    x = active(build.conv(x, 32, 3, pad=1, out="large"))
     return build.model(build.conv(x, 6, out="y"))
 
 
