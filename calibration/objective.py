@@ -144,8 +144,9 @@ class Answers:
                 found[2], found[3] = float(same.sum()), count
         if labels is not None and self.labelled is not None:
             scores = own[self.labelled]
-            entropy = F.cross_entropy(scores.double(), labels, reduction="sum")
-            found[1] += (1 - self.alpha) * float(entropy)
+            if self.alpha < 1:
+                entropy = F.cross_entropy(scores.double(), labels, reduction="sum")
+                found[1] += (1 - self.alpha) * float(entropy)
             known = labels.cpu()
             right = known[(scores.argmax(-1) == labels).cpu()]
             found[4 : 4 + self.classes] = torch.bincount(right, minlength=self.classes)
@@ -172,6 +173,7 @@ def answers(
     teacher: Model | None,
     *,
     classes: int,
+    learns_labels: bool = True,
     alpha: float = 0.7,
     temperature: float = 1.0,
     smoothing: float | None = None,
@@ -181,7 +183,8 @@ def answers(
     Args:
         student: the network that is trained.
         teacher: the network it learns from, None for labels alone.
-        classes: number of the labels' classes, 0 without labels.
+        classes: number of the labels' classes, 0 where none are known.
+        learns_labels: whether it is trained on them, or only judged by them.
         alpha: the teacher's part of the loss where there are labels, too.
         temperature: of the teacher's part.
         smoothing: of labels; by default 0.1 without a teacher and none with one.
@@ -190,7 +193,8 @@ def answers(
         UsageError: neither teacher nor labels, other outputs than the teacher's, or labels and no
             output of classes.
     """
-    if teacher is None and not classes:
+    learns_labels = learns_labels and classes > 0
+    if teacher is None and not learns_labels:
         raise UsageError(
             "nothing to learn: there are neither labels nor a teacher",
             hint="give a teacher, or data with labels",
@@ -204,7 +208,7 @@ def answers(
     labelled = _labelled(student, targets) if classes else None
     if smoothing is None:
         smoothing = _SMOOTHING_WITHOUT_TEACHER if teacher is None else 0.0
-    part = 0.0 if teacher is None else alpha if classes else 1.0
+    part = 0.0 if teacher is None else alpha if learns_labels else 1.0
     return Answers(tuple(targets), labelled, classes, part, temperature, smoothing)
 
 

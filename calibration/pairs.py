@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -70,17 +70,21 @@ def pair_up(
         BridgeError: a network does not run in torch.
     """
     classes = max(samples.classes, 0 if held_out is None else held_out.classes)
-    if samples.labels is None:
-        classes = 0
-    options = {"alpha": alpha, "temperature": temperature, "smoothing": smoothing}
+    options: dict[str, Any] = {
+        "classes": classes,
+        "learns_labels": samples.labels is not None,
+        "alpha": alpha,
+        "temperature": temperature,
+        "smoothing": smoothing,
+    }
     master: nn.Module | None
     if isinstance(teacher, nn.Module):
-        objective = answers(student, student, classes=classes, **options)  # type: ignore[arg-type]
+        objective = answers(student, student, **options)
         objective = replace(objective, targets=_as_given(student, objective.targets))
         master = _Named(teacher, [value.name or "" for value in student.ir.graph.outputs])
     else:
         alias, names = (None, {}) if teacher is None else _aliases(student, teacher)
-        objective = answers(student, alias, classes=classes, **options)  # type: ignore[arg-type]
+        objective = answers(student, alias, **options)
         master = None
         if alias is not None:
             inner = bridge(alias, outputs=objective.teacher_outputs)

@@ -184,12 +184,8 @@ def _finetune(
     del debug
     if data is None:
         raise UsageError("finetune needs samples to train on", hint="--data gives them")
-    for name, value, known in (
-        ("--optimizer", optimizer, "sgd, adam"),
-        ("--keep", keep, "last, best"),
-    ):
-        if value not in known.split(", "):
-            raise UsageError(f"{name} {value!r} is not known", hint=known)
+    _check_choice("--optimizer", optimizer, ("sgd", "adam"))
+    _check_choice("--keep", keep, ("last", "best"))
     if model == STDIO and teacher == STDIO:
         raise UsageError("only one model can come from stdin")
     reference = None if reference_out is None else Path(reference_out)
@@ -241,6 +237,11 @@ def _finetune(
         if leads:
             _write(done, targets, terminal)
             partial.unlink(missing_ok=True)
+
+
+def _check_choice(option: str, given: str, known: tuple[str, ...]) -> None:
+    if given not in known:
+        raise UsageError(f"{option} {given!r} is not known", hint=" or ".join(known))
 
 
 def _judged(
