@@ -235,8 +235,7 @@ def _finetune(
                 progress=terminal.progress,
             )
         if leads:
-            _write(done, targets, terminal)
-            partial.unlink(missing_ok=True)
+            _write(done, targets, partial, terminal)
 
 
 def _check_choice(option: str, given: str, known: tuple[str, ...]) -> None:
@@ -253,9 +252,10 @@ def _judged(
     return arguments.dataset(validation, preprocess if pictures else None, model, terminal)
 
 
-def _write(done: Finetuned, targets: Targets, terminal: Terminal) -> None:
+def _write(done: Finetuned, targets: Targets, partial: Path, terminal: Terminal) -> None:
     result: Any = done.result
     targets.write(result.folded, result.reference, result.report, terminal)
+    partial.unlink(missing_ok=True)
     terminal.close()
     for text in result.report.warnings:
         terminal.warn(text)
