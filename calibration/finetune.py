@@ -22,7 +22,7 @@ from graphfold.calibration.parallel import Group
 from graphfold.calibration.recipe import Recipe
 from graphfold.calibration.samples import Samples
 from graphfold.calibration.training import Hooks, Told, Trained, train
-from graphfold.calibration.untie import untie_norms
+from graphfold.calibration.untie import untie
 from graphfold.free import with_free_activations
 from graphfold.graph import Graph
 from graphfold.model import digest, to_proto
@@ -199,7 +199,7 @@ def finetune(
     }
 
     def retrain(reference: Reference, original: Model) -> Model:
-        student = untie_norms(reference.model)
+        student = untie(reference.model)
         master = None if alpha == 0 else original if teacher is None else teacher
         pair = pair_up(student, master, samples, held_out, alpha, temperature, smoothing)
         if isinstance(master, nn.Module):

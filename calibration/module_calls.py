@@ -72,6 +72,7 @@ class Edit:
         skip: its first input goes on as it is.
         padding: of a convolution, instead of its own.
         pads: of an input, by its number.
+        mix: makes its result of what it reads and what it gives; masks are put in so.
         after: what is applied to its result.
         saved: its result, or what replaces that, is wanted under this name.
         replaced_by: its result is what was saved under this name.
@@ -80,6 +81,7 @@ class Edit:
     skip: bool = False
     padding: Pads | None = None
     pads: dict[int, Pads] = field(default_factory=dict)
+    mix: Callable[[Tensor, Tensor], Tensor] | None = None
     after: Callable[[Tensor], Tensor] | None = None
     saved: str | None = None
     replaced_by: str | None = None
@@ -217,8 +219,11 @@ class _Editor(_Calls):
         edit = self._edits.get(self.key(kind)) if kind in self._kinds else None
         if edit is None:
             return func(*args, **kwargs)
+        source = args[0] if args else kwargs["input"]
         if edit.skip:
-            result = args[0] if args else kwargs["input"]
+            result = source
+        elif edit.mix is not None:
+            result = edit.mix(source, out_of_place(func, args[1:], kwargs)(source))
         else:
             result = _changed(func, edit, args, kwargs)
         if edit.replaced_by is not None:
@@ -245,6 +250,23 @@ def _changed(
         named["input"], named["padding"] = pad(named["input"], edit.padding), 0
     source, weight = named.pop("input"), named.pop("weight")
     return func(source, weight, **named)
+
+
+def out_of_place(
+    func: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any]
+) -> Callable[[Tensor], Tensor]:
+    """An activation as it is called, but that what it reads stays as it is."""
+    settings = [False if item is True else item for item in arguments]
+    named = {
+        name: False if item is True else item for name, item in options.items() if name != "input"
+    }
+    writes = str(getattr(func, "__name__", "")).endswith("_")
+
+    def run(tensor: Tensor) -> Tensor:
+        result: Tensor = func(tensor.clone() if writes else tensor, *settings, **named)
+        return result
+
+    return run
 
 
 def pad(tensor: Tensor, pads: Pads) -> Tensor:

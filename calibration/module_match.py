@@ -229,10 +229,11 @@ def _scope(node: ir.Node) -> str | None:
     if not parts or not (node.name or "").startswith("/"):
         return None
     path: list[str] = []
+    before = ""
     for part in parts:
-        # Each part is qualified by the attribute that it is an item of: blocks, blocks.0, expand.
-        last = part.rsplit(".", 1)
-        path += [last[-1]] if len(last) == 1 or path[-1:] == [last[0]] else [part]
+        # Items of a list repeat its name: blocks, blocks.0, expand is blocks.0.expand.
+        path.append(part.removeprefix(f"{before}."))
+        before = part
     return ".".join(path)
 
 

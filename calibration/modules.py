@@ -19,7 +19,15 @@ import onnx_ir as ir
 
 from graphfold.calibration import bridge  # noqa: F401 - says what to install without torch
 from graphfold.calibration.capture import run_part
-from graphfold.calibration.module_calls import Changed, Edit, Event, Key, Pads, record
+from graphfold.calibration.module_calls import (
+    Changed,
+    Edit,
+    Event,
+    Key,
+    Pads,
+    out_of_place,
+    record,
+)
 from graphfold.calibration.module_match import Match, match, operand, pads_of
 from graphfold.errors import PlanError, Problem, UsageError, VerificationError
 from graphfold.free import with_free_activations
@@ -72,12 +80,14 @@ def export(module: nn.Module, example: Any) -> Model:
     module.eval()
     buffer = io.BytesIO()
     try:
+        # The exporter that is used here keeps names and normalisations, takes less than a second
+        # where the newer one takes ten, and writes to a buffer although it is not declared to.
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the exporter tells of its own successor
             torch.onnx.export(
                 module,
                 inputs,
-                buffer,  # type: ignore[arg-type] - the exporter used here writes to it
+                buffer,  # type: ignore[arg-type]
                 dynamo=False,
                 do_constant_folding=False,
                 training=torch.onnx.TrainingMode.PRESERVE,
@@ -162,6 +172,43 @@ def apply_plan(
     return found
 
 
+@dataclass(frozen=True)
+class ModuleSites:
+    """The activation sites of a module's exported model, found in the module.
+
+    Attributes:
+        model: as `export` gives it.
+        activations: the call that each site is, by the site's name.
+        missing: sites that are no single call of the module.
+    """
+
+    model: Model
+    activations: dict[str, Key]
+    missing: tuple[str, ...]
+
+
+def module_sites(module: nn.Module, example: Any, *, export: Export = export) -> ModuleSites:
+    """Find a module's activation sites, to put something of one's own there.
+
+    `module_calls.Changed` with an `Edit` for each call runs the module so.
+
+    Args:
+        module: in any mode.
+        example: an input, or a tuple of them.
+        export: gives the ONNX model of a module and an example.
+    """
+    inputs = _tuple(example)
+    model = export(module, inputs)
+    graph = Graph(model)
+    sites = find_sites(graph)
+    found = match(graph, sites, record(module, inputs)).activations
+    return ModuleSites(
+        model,
+        {site.name: event.key for site, event in found.items()},
+        tuple(site.name for site in sites.activations if site not in found),
+    )
+
+
 def _tuple(example: Any) -> tuple[Any, ...]:
     return tuple(example) if isinstance(example, (tuple, list)) else (example,)
 
@@ -215,6 +262,10 @@ class _Edits:
             PlanError: what the plan changes is not found in the module.
         """
         resolved = resolve_plan(self._graph, self._plan)
+        for node in self._match.unmatched:
+            # A constant that is multiplied with may be no layer's.
+            if not is_op(node, "MatMul"):
+                self._missing(node.outputs[0].name, f"the {node.op_type}")
         self._remove(resolved)
         self._move_padding()
         self._drop(resolved)
@@ -250,7 +301,7 @@ class _Edits:
 
     def _move_padding(self) -> None:
         """What the reference network pads and crops otherwise than the model."""
-        plain = replace_free(self._graph, self._plan)
+        plain = _without_free(self._graph, self._plan)
         reference = build_reference(self._model, plain, select_passes()).graph
         present = {node.outputs[0].name: node for node in reference.ir if node.outputs}
         known = self._graph.values()
@@ -319,7 +370,7 @@ class _Edits:
             what = f"the activation {activation.like!r} has parameters of its own"
             self._problems.append(Problem(path, what, "name a function, such as Relu"))
             return None
-        return _Function(event)
+        return out_of_place(event.function, event.arguments[1:], event.options)
 
     def _maker(self, value: ir.Value) -> Event | None:
         """The call whose result a tensor of the graph is."""
@@ -338,20 +389,7 @@ class _Edits:
         return pair.norm if pair.is_folded and pair.norm is not None else pair.event
 
 
-class _Function:
-    """An activation as the module calls it, never in place."""
-
-    def __init__(self, event: Event) -> None:
-        self._function = event.function
-        self._arguments = tuple(False if a is True else a for a in event.arguments[1:])
-        self._options = {name: False if a is True else a for name, a in event.options.items()}
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        result: Tensor = self._function(tensor, *self._arguments, **self._options)
-        return result
-
-
-def replace_free(graph: Graph, plan: Plan) -> Plan:
+def _without_free(graph: Graph, plan: Plan) -> Plan:
     """A plan without its free activations, written out."""
     written = expand_short_forms(graph, find_sites(graph), plan).plan
     segments = [segment.model_copy(update={"activation": None}) for segment in written.segments]

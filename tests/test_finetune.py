@@ -24,7 +24,7 @@ from graphfold.calibration.pairs import pair_up  # noqa: E402
 from graphfold.calibration.recipe import Recipe  # noqa: E402
 from graphfold.calibration.samples import Samples  # noqa: E402
 from graphfold.calibration.training import train  # noqa: E402
-from graphfold.calibration.untie import untie_norms  # noqa: E402
+from graphfold.calibration.untie import untie  # noqa: E402
 from graphfold.cli import main  # noqa: E402
 from graphfold.errors import DataError, ModelError, UsageError  # noqa: E402
 from graphfold.free import with_free_activations  # noqa: E402
@@ -253,10 +253,11 @@ def test_norms_that_share_numbers_get_their_own():
     net = ModelBuilder(("N", 3, 8, 8))
     ones, zeros = net.constant(np.ones(4), "ones"), net.constant(np.zeros(4), "zeros")
     first = net.op("BatchNormalization", net.conv("x", 4), ones, zeros, zeros, ones, channels=4)
-    net.op("BatchNormalization", net.conv(first, 4), ones, zeros, zeros, ones, out="y")
+    copied = net.op("Identity", zeros)
+    net.op("BatchNormalization", net.conv(first, 4), ones, zeros, copied, ones, out="y")
     proto = net.model("y")
     assert not {"ones", "zeros"} & set(bridge(load(proto)).weights)
-    untied = untie_norms(load(proto))
+    untied = untie(load(proto))
     images = pictures(2)[0]
     np.testing.assert_array_equal(
         run(proto, {"x": images})[0], run(to_proto(untied), {"x": images})[0]
