@@ -122,6 +122,21 @@ def test_a_teacher_teaches_without_labels():
     assert after.loss < 0.3 * before.loss
 
 
+def test_a_teacher_answers_once_to_what_is_only_judged():
+    teacher = load(network(seed=1))
+    module, objective = prepared(teacher=teacher)
+    original = bridge(teacher, outputs=objective.teacher_outputs).eval()
+    data, taught = samples(48, seed=1), {}
+    first = evaluate(module, original, data, objective, taught=taught)
+    assert list(taught) == [0]
+
+    class Silent(torch.nn.Module):
+        def forward(self, batch):
+            raise AssertionError
+
+    assert evaluate(module, Silent(), data, objective, taught=taught) == first
+
+
 def test_the_loss_is_the_papers():
     teacher = load(network(seed=1))
     _, objective = prepared(teacher=teacher, alpha=0.7, temperature=2.0)
