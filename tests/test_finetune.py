@@ -301,6 +301,10 @@ def test_a_killed_command_goes_on_to_the_same_bytes(files, monkeypatch, capfd):
     document = json.loads(capfd.readouterr().out)
     assert [epoch["epoch"] for epoch in document["epochs"]] == [0, 1, 2]
     assert document["folding"]["other_class"] == 0
+    assert [segment["activation"]["like"] for segment in document["plan"]["segments"]] == [
+        "deep0",
+        "deep1",
+    ]
     assert not (files / "tuned.onnx.partial").exists()
     assert sum(n.op_type == "Conv" for n in onnx.load(files / "reference.onnx").graph.node) == 7
 
