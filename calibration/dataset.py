@@ -60,6 +60,7 @@ class Dataset:
         labels: of all samples, None where they are unknown or only reading tells.
         limit: at most so many samples are read.
         preprocess: how pictures are prepared, None for arrays.
+        item: any sample by its number, where it can be had without reading the others.
     """
 
     name: str
@@ -69,6 +70,22 @@ class Dataset:
     limit: int | None
     preprocess: Preprocess | None
     _open: Callable[[], Iterator[Item]] = field(repr=False)
+    item: Callable[[int], Item] | None = field(default=None, repr=False)
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch size that the model insists on."""
+        return _fixed_batch(self.inputs)
+
+    def at(self, number: int) -> Arrays:
+        """One sample of a data set that has `item`, without its label.
+
+        Raises:
+            DataError: it does not fit the model.
+        """
+        assert self.item is not None
+        arrays = {name: np.asarray(value) for name, value in self.item(number).items()}
+        return self._fitted(arrays, f"{self.name}, item {number}").feed
 
     def batches(self, size: int | None = None) -> Iterator[Batch]:
         """All samples in order.
@@ -242,16 +259,18 @@ def _from_folder(
     prepare = Preparation(chosen, spec, source)
     labels = found.labels
 
+    def item(number: int) -> Item:
+        made: dict[str, Any] = {spec.name: prepare(open_image(found.files[number]))}
+        if labels is not None:
+            made[LABELS] = np.array([labels[number]])
+        return made
+
     def items() -> Iterator[Item]:
-        for number, file in enumerate(found.files):
-            item: dict[str, Any] = {spec.name: prepare(open_image(file))}
-            if labels is not None:
-                item[LABELS] = np.array([labels[number]])
-            yield item
+        return map(item, range(len(found.files)))
 
     samples = len(found.files) if limit is None else min(limit, len(found.files))
     known = None if labels is None else np.array(labels[:samples], dtype=np.int64)
-    return Dataset(source, inputs, samples, known, limit, chosen, items)
+    return Dataset(source, inputs, samples, known, limit, chosen, items, item)
 
 
 def _image_input(inputs: tuple[InputSpec, ...], source: str) -> InputSpec:

@@ -27,15 +27,13 @@ from typing import TYPE_CHECKING
 
 from graphfold.calibration.bridge import OnnxModule, bridge
 from graphfold.calibration.capture import Feeds
+from graphfold.calibration.matching import Target, divergences, find_targets, normalised_errors
 from graphfold.calibration.training_images import Images, fixed_batch
 from graphfold.errors import UsageError
-from graphfold.graph import is_op
-from graphfold.tensors import values_by_name
 
 # After bridge, which says what to install where it is missing.
 import torch  # isort: skip
 from torch import Tensor  # isort: skip
-from torch.nn import functional as F  # isort: skip # noqa: N812 - the usual name
 
 if TYPE_CHECKING:
     from graphfold.model import Model
@@ -50,7 +48,6 @@ _DECAY = (0.9, 0.99)  # of Adam's averages of gradients and of their squares
 _SMALLEST_SCALE = 1e-2  # of a bias that is all zeros
 _STANDARD_ERRORS = 2.0
 _TINY = 1e-12
-_PASSES_LOGITS_ON = ("Identity", "Reshape", "Flatten", "Squeeze", "Add")
 
 
 @dataclass(frozen=True)
@@ -95,15 +92,6 @@ class Distilled:
     curve: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class _Target:
-    """One output to match: the tensor's name in each model, and whether it holds logits."""
-
-    student: str
-    teacher: str
-    is_logits: bool
-
-
 def distill(
     student: Model,
     teacher: Model,
@@ -141,7 +129,7 @@ def distill(
         BridgeError: a model does not run in torch.
     """
     started = _now()
-    targets = _targets(student, teacher)
+    targets = find_targets(student, teacher)
     names = [[target.student for target in targets], [target.teacher for target in targets]]
     learner = _prepared(bridge(student, outputs=[*names[0], *features]), device)
     original = _prepared(bridge(teacher, outputs=[*names[1], *features]), device)
@@ -256,61 +244,7 @@ def _is_better(after: Tensor, before: Tensor) -> bool:
     return bool(gain.mean() > _STANDARD_ERRORS * error)
 
 
-# --- what is matched --------------------------------------------------------------------------
-
-
-def _targets(student: Model, teacher: Model) -> list[_Target]:
-    found = []
-    outputs = [
-        [value.name or "" for value in model.ir.graph.outputs] for model in (student, teacher)
-    ]
-    if sorted(outputs[0]) != sorted(outputs[1]):
-        raise UsageError(
-            f"the student's outputs are {', '.join(outputs[0])}, the teacher's are "
-            f"{', '.join(outputs[1])}",
-            hint="a teacher has the same outputs as its student",
-        )
-    for name in outputs[0]:
-        own, own_is_logits = _logits(student, name)
-        other, other_is_logits = _logits(teacher, name)
-        both = own_is_logits and other_is_logits
-        found.append(_Target(own, other, True) if both else _Target(name, name, False))
-    return found
-
-
-def _logits(model: Model, name: str) -> tuple[str, bool]:
-    """The tensor of logits behind an output, and whether there is one.
-
-    Classes are what a Softmax makes over the last of two axes, and what a fully connected layer
-    gives at the end.
-    """
-    value = values_by_name(model.ir.graph)[name]
-    rank = None if value.shape is None else len(value.shape)
-    node = value.producer()
-    if is_op(node, "Identity") and node is not None and node.inputs[0] is not None:
-        value, node = node.inputs[0], node.inputs[0].producer()
-    if rank != 2 or node is None:
-        return name, False
-    if is_op(node, "Softmax", "LogSoftmax") and node.inputs[0] is not None:
-        return node.inputs[0].name or "", True
-    while node is not None and is_op(node, *_PASSES_LOGITS_ON):
-        makers = [item.producer() for item in node.inputs if item is not None]
-        node = next((n for n in makers if n is not None and not is_op(n, "Constant")), None)
-    return value.name or "", is_op(node, "Gemm", "MatMul")
-
-
-def _divergences(student: Tensor, teacher: Tensor, target: _Target) -> Tensor:
-    """How far apart they are, for each image."""
-    if target.is_logits:
-        own, other = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
-        return F.kl_div(own, other, reduction="none", log_target=True).sum(-1)
-    return _normalised_errors(student, teacher)
-
-
-def _normalised_errors(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error for each image, over the variance of the teacher's tensor."""
-    squares = (student - teacher).square().reshape(len(teacher), -1).mean(1)
-    return squares / (teacher.var(correction=0) + _TINY)
+# --- student and teacher -----------------------------------------------------------------------
 
 
 class _Training:
@@ -320,7 +254,7 @@ class _Training:
         self,
         student: OnnxModule,
         teacher: OnnxModule,
-        targets: Sequence[_Target],
+        targets: Sequence[Target],
         features: Sequence[str],
         images: Images,
         device: str,
@@ -340,7 +274,7 @@ class _Training:
             with torch.no_grad():
                 other = _wide(self.teacher(planes))
         total = self._output_divergences(own, other).mean()
-        errors = [_normalised_errors(own[name], other[name]).mean() for name in self.features]
+        errors = [normalised_errors(own[name], other[name]).mean() for name in self.features]
         return total + sum(errors) / len(errors) if errors else total
 
     def _products(self) -> AbstractContextManager[object]:
@@ -350,7 +284,7 @@ class _Training:
         return torch.autocast("cpu", torch.bfloat16, enabled=helps and is_enough)
 
     def _output_divergences(self, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
-        parts = [_divergences(own[t.student], other[t.teacher], t) for t in self.targets]
+        parts = [divergences(own[t.student], other[t.teacher], t) for t in self.targets]
         return torch.stack(parts).mean(0)
 
     def divergences(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:

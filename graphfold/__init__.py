@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from graphfold.calibration.auto import AutoResult
     from graphfold.calibration.choosing import QuantizationChoice
     from graphfold.calibration.dataset import Dataset
+    from graphfold.calibration.finetune import Finetuned
     from graphfold.calibration.latency import LatencyComparison
     from graphfold.calibration.planning import PlanResult
     from graphfold.calibration.profile import Profile
@@ -36,6 +37,7 @@ __all__ = [
     "auto",
     "bench",
     "choose_quantization",
+    "finetune",
     "inspect",
     "make_plan",
     "optimize",
@@ -302,6 +304,37 @@ def auto(model: Any, data: Dataset, **options: Any) -> AutoResult:
     from graphfold.optimizer import load_any
 
     return run(load_any(model), data, **options)
+
+
+def finetune(
+    model: Any,
+    data: Dataset,
+    plan: PlanSource | None = None,
+    *,
+    validation: Dataset | None = None,
+    teacher: Any = None,
+    **options: Any,
+) -> Finetuned:
+    """Train what a plan makes of a model and fold it, see `graphfold.calibration.finetune`.
+
+    Args:
+        model: in any form that `optimize` takes.
+        data: samples to train on, with labels or without (`calibration.dataset.read_dataset`).
+        plan: what is removed and merged; None trains the model as it is.
+        validation: samples to judge on; by default a tenth of `data` is held back.
+        teacher: to learn from, a model in any of these forms or a torch module; by default the
+            model itself.
+        options: recipe, alpha, temperature, smoothing, free_activations, allow_other_model,
+            checkpoint, header, group, progress.
+
+    Raises:
+        ModelError, DataError, UsageError, PlanError: bad input.
+        VerificationError: the folded network differs from the trained one.
+    """
+    from graphfold.calibration.finetune import finetune_on
+    from graphfold.optimizer import load_any
+
+    return finetune_on(load_any(model), data, plan, validation, teacher, **options)
 
 
 def make_plan(model: Any, **options: Any) -> PlanResult:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphfold import __version__, arguments, cli_auto, cli_plan, cli_score, guard
+from graphfold import __version__, arguments, cli_auto, cli_finetune, cli_plan, cli_score, guard
 from graphfold.errors import GraphfoldError, ModelError, UsageError
 from graphfold.options import (
     DataOption,
@@ -427,6 +427,7 @@ def _bench(
 cli_plan.register(app)
 cli_score.register(app)
 cli_auto.register(app)
+cli_finetune.register(app)
 
 
 # Running ----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from graphfold.model import Model, compare_interfaces, load, to_proto
 from graphfold.plan import Plan, PlanSource, read_plan
 from graphfold.prices import Prices
 from graphfold.quantization import Quantized, QuantizeFunction, check_can_quantize
-from graphfold.reference import Reference, build_reference
+from graphfold.reference import Reference, RetrainFunction, build_reference
 from graphfold.repaired import Repaired, RepairFunction
 from graphfold.report import Report, build_report, snapshot
 from graphfold.rewrite import (
@@ -123,14 +123,15 @@ def optimize_model(
     verify: bool = True,
     require_verify: bool = False,
     strip_metadata: bool = False,
+    retrain: RetrainFunction | None = None,
     quantize: QuantizeFunction | None = None,
     repair: RepairFunction | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Apply a plan to a loaded model, fold, verify; see `graphfold.optimize`.
 
-    `fit` fits a plan's segments on data, where it has such; `repair` trains the folded network
-    before it is quantized.
+    `fit` fits a plan's segments on data, where it has such; `retrain` trains the reference network
+    before it is folded, `repair` the folded network before it is quantized.
     """
     if require_verify and not verify:
         raise UsageError("verify=False contradicts require_verify")
@@ -151,6 +152,7 @@ def optimize_model(
             verify=verify,
             require_verify=require_verify,
             strip_metadata=strip_metadata,
+            retrain=retrain,
             quantize=quantize,
             repair=repair,
             progress=progress,
@@ -174,6 +176,7 @@ def _optimize(
     verify: bool,
     require_verify: bool,
     strip_metadata: bool,
+    retrain: RetrainFunction | None,
     quantize: QuantizeFunction | None,
     repair: RepairFunction | None,
     progress: Progress | None,
@@ -190,6 +193,11 @@ def _optimize(
         source, parsed, fits = fitted.model, fitted.plan, fitted.fits
     with clock.stage("reference", progress):
         reference = _located(plan, source, parsed, chosen, allow_other_model, progress)
+    if retrain is not None:
+        with clock.stage("train", progress):
+            trained = retrain(reference, original)
+        shapes = dict(reference.graph.shapes)
+        reference = replace(reference, model=trained, graph=Graph(trained, shapes))
     with clock.stage("fold", progress):
         work = Work(
             _fold_graph(reference),
@@ -201,7 +209,8 @@ def _optimize(
         )
         statistics = fold_everywhere(chosen, work, progress)
     folded = work.graph.model
-    changed = parsed is not None or any(each.applied for each in statistics)
+    applied = any(each.applied for each in statistics)
+    changed = parsed is not None or retrain is not None or applied
     _finish(folded, parsed if changed else None, changed, strip_metadata)
     verification = None
     if verify:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,10 @@ class Reference:
     segments: tuple[SegmentNames, ...]
     statistics: tuple[PassStatistics, ...]
     warnings: tuple[str, ...] = ()
+
+
+# Gives the reference network other weights: (reference, the model as it came) to the same graph.
+RetrainFunction = Callable[[Reference, Model], Model]
 
 
 def build_reference(
