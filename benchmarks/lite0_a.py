@@ -5,7 +5,7 @@ fitted on 500 unlabelled photos stands in the place of each, and what is judged 
 of the other 500 classes, and the reverse.
 
     python benchmarks/lite0_a.py            # all ways
-    python benchmarks/lite0_a.py --way best # one of them again, beside what is known
+    python benchmarks/lite0_a.py --way turn # one of them again, beside what is known
 
 The ways build on one another: every fit by itself (`weights: regress`, what `optimize` does); each
 fitted on what the network before it has become; the blocks that stay refitted as well, their last
@@ -53,7 +53,6 @@ _THREADS = 1
 _POSITIONS = {"dense": 98, "pointwise": 48, "depthwise": 16}
 # Of a feature's power: what fits from few rows per feature need to hold on other images.
 _DENSE_RIDGE = 0.3
-_REFIT_RIDGE = 6.0
 # A channel that can hardly be predicted is not blown up any further.
 _LARGEST_SCALE = 3.0
 
@@ -72,6 +71,8 @@ class Way:
         in_turn: fits see the network as it has become.
         refits: of the blocks that stay: none, last (layers) or all; and the head.
         restore: how far what is refitted gets the variance back that least squares takes, 0 to 1.
+        ridge: how strongly refits keep to the present weights; only scale and shift of every
+            channel change where it is large.
     """
 
     what: str
@@ -80,6 +81,7 @@ class Way:
     in_turn: bool = True
     refits: str = "none"
     restore: float = 0.0
+    ridge: float = 6.0
 
 
 _SMALL = {4: 3, 9: 3, 10: 3}
@@ -89,7 +91,11 @@ WAYS = {
     "last": Way("and last layers of other blocks refitted", _SMALL, refits="last"),
     "all": Way("and all their layers", _SMALL, refits="all"),
     "together": Way("and blocks 0, 1 as one 5x5", _SMALL | {1: 5}, True, refits="all"),
-    "best": Way("and half the deviation restored", _SMALL | {1: 5}, True, True, "all", 0.5),
+    "half": Way("and half the deviation restored", _SMALL | {1: 5}, True, True, "all", 0.5),
+    "statistics": Way(
+        "in turn, mean and deviation restored", _SMALL, refits="all", restore=1.0, ridge=1e6
+    ),
+    "strided": Way("and block 1 as 5x5", _SMALL | {1: 5}, refits="all", restore=1.0, ridge=1e6),
 }
 
 
@@ -233,7 +239,7 @@ class Network:
                 (patches(x, window, places), _at(y, places))
                 for x, y, places in self._places(inputs, targets, kind)
             )
-            solution = fit(rows, weight, self.way.restore)
+            solution = fit(rows, weight, self.way)
             self._set(conv.input[1], solution[0].reshape(weight.shape))
             self._set(conv.input[2], solution[1])
 
@@ -270,23 +276,23 @@ def _at(y: Array, places: NDArray[np.intp]) -> Array:
 
 
 def _fit_pointwise(
-    rows: Iterator[tuple[Array, Array]], weight: Matrix, restore: float
+    rows: Iterator[tuple[Array, Array]], weight: Matrix, way: Way
 ) -> tuple[Matrix, Matrix]:
     moments = Moments(weight.shape[1], len(weight))
     for x, y in rows:
         moments.add(x, y)
-    ridge = _REFIT_RIDGE * len(moments.gram) / moments.count
+    ridge = way.ridge * len(moments.gram) / moments.count
     found = fit_linear(moments, ridge, weight.reshape(len(weight), -1))
     solution = np.vstack([found.weight.T, found.bias])
     predicted = np.einsum("ft,ft->t", solution, moments.gram @ solution)
-    scale = _scales(moments.power, predicted, moments.cross[-1], moments.count) ** restore
+    scale = _scales(moments.power, predicted, moments.cross[-1], moments.count) ** way.restore
     mean = moments.cross[-1] / moments.count
     weights = found.weight * scale[:, None]
     return weights, mean - weights @ moments.gram[:-1, -1] / moments.count
 
 
 def _fit_depthwise(
-    rows: Iterator[tuple[Array, Array]], weight: Matrix, restore: float
+    rows: Iterator[tuple[Array, Array]], weight: Matrix, way: Way
 ) -> tuple[Matrix, Matrix]:
     """One least-squares problem per channel, pulled towards its present filter."""
     channels, taps = len(weight), weight[0].size
@@ -302,14 +308,14 @@ def _fit_depthwise(
         count += len(x)
     powers = np.einsum("cii->ci", gram)[:, :-1]
     # A channel that is never active keeps its filter.
-    damping = _REFIT_RIDGE * (taps + 1) / count * powers + 1e-8 * powers.max() + 1e-12
+    damping = way.ridge * (taps + 1) / count * powers + 1e-8 * powers.max() + 1e-12
     right = cross.copy()
     right[:, :-1] += damping * weight.reshape(channels, taps)
     damped = gram.copy()
     np.einsum("cii->ci", damped)[:, :-1] += damping
     solution = np.linalg.solve(damped, right[:, :, None])[:, :, 0]
     predicted = np.einsum("ct,ctu,cu->c", solution, gram, solution)
-    scale = _scales(power, predicted, cross[:, -1], count) ** restore
+    scale = _scales(power, predicted, cross[:, -1], count) ** way.restore
     weights = solution[:, :-1] * scale[:, None]
     return weights, (cross[:, -1] - np.einsum("ct,ct->c", weights, gram[:, :-1, -1])) / count
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from graphfold.calibration.capture import Feeds
 from graphfold.calibration.channels import find_inner
+from graphfold.calibration.in_turn import fit_in_turn, is_better_in_turn
 from graphfold.calibration.sketch import Sketch
 from graphfold.calibration.workbench import Key, Progress, Replacement, State, Workbench
 from graphfold.errors import PlanError, Problem
@@ -50,12 +51,22 @@ def fit_plan(
     """
     check_digest(model, plan, allow_other_model)
 
-    def collect(bench: Workbench, state: State) -> None:
+    def fit(bench: Workbench, state: State) -> bool:
         narrow = [key for key, each in state.items() if each.family == "narrow"]
         kernels = {key: each.kernel or () for key, each in state.items() if each.family != "narrow"}
-        bench.collect(feeds, inner=narrow, segments=kernels, threads=threads, progress=progress)
 
-    return _in_place(model, plan, Workbench, collect)
+        def collect(some: Feeds) -> None:
+            bench.collect(some, inner=narrow, segments=kernels, threads=threads, progress=progress)
+
+        in_turn = is_better_in_turn(
+            bench, state, feeds, collect, threads=threads, progress=progress
+        )
+        collect(feeds)
+        if in_turn:
+            fit_in_turn(bench, state, feeds, threads=threads, progress=progress)
+        return in_turn
+
+    return _in_place(model, plan, Workbench, fit)
 
 
 def sketch_plan(model: Model, plan: Plan) -> Fitted:
@@ -71,7 +82,7 @@ def _in_place(
     model: Model,
     plan: Plan,
     make: Callable[[Model], Workbench],
-    collect: Callable[[Workbench, State], None] | None = None,
+    fit: Callable[[Workbench, State], bool] | None = None,
 ) -> Fitted:
     from graphfold.optimizer import optimize_model
 
@@ -79,11 +90,11 @@ def _in_place(
     copy = model.clone()
     graph = Graph(copy)
     state = _state(bench, graph, plan)
-    if collect is not None:
-        collect(bench, state)
+    in_turn = fit is not None and fit(bench, state)
     bench.apply(graph, state)
     fits = tuple(
-        SegmentFit(*key, str(each), bench.errors[key, each]) for key, each in state.items()
+        SegmentFit(*key, str(each), bench.errors[key, each], in_turn and each.family != "narrow")
+        for key, each in state.items()
     )
     segments = [segment for segment in plan.segments if not segment.is_fitted]
     rest = plan.model_copy(update={"segments": segments, "model": None})

@@ -164,6 +164,23 @@ class Workbench:
             stage = "gathering moments" + (f" {number + 1}/{len(parts)}" if len(parts) > 1 else "")
             self._collect(part, feeds, threads, stage, progress)
 
+    def collect_segment(
+        self,
+        key: Key,
+        kernel: tuple[int, ...],
+        batches: Iterable[tuple[NDArray[Any], NDArray[Any]]],
+    ) -> None:
+        """Gather the moments of one segment on given inputs and outputs, instead of its own."""
+        job = self._segment_job(self.segments[key], kernel)
+        known = list(batches)
+        samples = sum(len(x) for x, _ in known)
+        moments, first = Moments(job.features, job.targets), 0
+        for x, y in known:
+            job.add_to(moments, {job.read: x, job.target: y}, samples, first)
+            first += len(x)
+        self._segment_moments[key], self._largest[key], self._last = moments, kernel, None
+        self._fits = {at: arrays for at, arrays in self._fits.items() if at[0] != key}
+
     def bytes_of(self, key: Key, kernel: tuple[int, ...] | None) -> int:
         """Of a place's moments: a segment's with a kernel, inner channels' without."""
         if kernel is None:
