@@ -1,7 +1,8 @@
 """Images to train on and images to judge by: batches of them, changed at random.
 
-Every fifth image is held back. The others come in a random order, all before any comes again, each
-mirrored at random and zoomed into.
+Those are held back that fits hold back, too (`graphfold.calibration.split`): what was fitted on would
+look better than it is. The others come in a random order, all before any comes again, each mirrored
+at random and zoomed into.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from graphfold.calibration.capture import Feeds
+from graphfold.calibration.split import HELD_EVERY, held_samples
 from graphfold.errors import DataError
 from graphfold.specs import Arrays
 
@@ -23,8 +25,7 @@ if TYPE_CHECKING:
     from graphfold.model import Model
 
 _BATCH = 16
-_HOLD_EVERY = 5  # one image of so many is held back
-_FEWEST = 2 * _HOLD_EVERY
+_FEWEST = 2 * HELD_EVERY
 
 
 class Images:
@@ -40,6 +41,7 @@ class Images:
         self._batches = batches
         self._names = names
         self._places = []
+        samples = []
         for number, batch in enumerate(batches):
             missing = [name for name in names if name not in batch]
             if missing:
@@ -47,15 +49,16 @@ class Images:
             lengths = {len(batch[name]) for name in names}
             if len(lengths) != 1:
                 raise DataError(f"batch {number} has arrays of unequal lengths")
-            self._places += [(number, row) for row in range(lengths.pop())]
-        if len(self._places) < max(_FEWEST, _HOLD_EVERY * (fixed or 1)):
+            samples.append(lengths.pop())
+            self._places += [(number, row) for row in range(samples[-1])]
+        if len(self._places) < max(_FEWEST, HELD_EVERY * (fixed or 1)):
             raise DataError(
                 f"{len(self._places)} images are too few to train on some and judge by others",
                 hint="give some hundreds",
             )
-        everything = range(len(self._places))
-        self.held_back = [row for row in everything if row % _HOLD_EVERY == _HOLD_EVERY - 1]
-        self.training = [row for row in everything if row % _HOLD_EVERY != _HOLD_EVERY - 1]
+        held = held_samples(samples)
+        self.held_back = np.flatnonzero(held).tolist()
+        self.training = np.flatnonzero(~held).tolist()
         self.size = fixed or min(_BATCH, len(self.training))
         self.step = self.size * math.ceil(min(_BATCH, len(self.training)) / self.size)
         self._rest = len(self.held_back) % fixed if fixed else 0
