@@ -1,11 +1,12 @@
 """Repair by self-distillation: a changed network learns its original's outputs, without labels.
 
 The original runs beside the student on the same augmented images. What the student minimises is
-the Kullback-Leibler divergence of the original's class probabilities from its own (for outputs
-that are no classes, the squared error over the variance of the original's output), plus the same
-normalised error at inner tensors that both have. Steps are Adam's, scaled by the size of the
-weights of each output channel, so that one step size fits layers and networks of every scale, and
-they decay as a cosine to zero.
+the Kullback-Leibler divergence of the original's class probabilities from its own, both softened
+(for outputs that are no classes, the squared error over the variance of the original's output),
+plus the same normalised error at inner tensors that both have: where images are few, most of what
+there is to learn is what the original says of classes that an image does not show, and of every
+place in it. Steps are Adam's, scaled by the size of the weights of each output channel, so that one
+step size fits layers and networks of every scale, and they decay as a cosine to zero.
 
 A step is made cheap: tensors lie with their channels last, what the processor multiplies faster in
 bfloat16 is multiplied so where classes are learned (weights, losses and steps stay in float32), and
@@ -27,21 +28,21 @@ from typing import TYPE_CHECKING
 
 from graphfold.calibration.bridge import OnnxModule, bridge
 from graphfold.calibration.capture import Feeds
+from graphfold.calibration.matching import Target, divergences, normalised_errors, targets_of
 from graphfold.calibration.training_images import Images, fixed_batch
 from graphfold.errors import UsageError
-from graphfold.graph import is_op
-from graphfold.tensors import values_by_name
 
 # After bridge, which says what to install where it is missing.
 import torch  # isort: skip
 from torch import Tensor  # isort: skip
-from torch.nn import functional as F  # isort: skip # noqa: N812 - the usual name
 
 if TYPE_CHECKING:
     from graphfold.model import Model
 
 _STEP_SIZE = 2e-3  # per nat of damage
 _LEAST_STEP_SIZE = 1e-4
+_TEMPERATURE = 2.0  # of the probabilities that are learned; those that are judged have 1
+_FEATURES = 4.0  # what the mean error of the features counts
 _EVALUATIONS = 8
 _WARM_UP = 10  # steps
 _DEPTHWISE_SHARE = 0.25
@@ -50,7 +51,6 @@ _DECAY = (0.9, 0.99)  # of Adam's averages of gradients and of their squares
 _SMALLEST_SCALE = 1e-2  # of a bias that is all zeros
 _STANDARD_ERRORS = 2.0
 _TINY = 1e-12
-_PASSES_LOGITS_ON = ("Identity", "Reshape", "Flatten", "Squeeze", "Add")
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,6 @@ class Distilled:
     curve: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class _Target:
-    """One output to match: the tensor's name in each model, and whether it holds logits."""
-
-    student: str
-    teacher: str
-    is_logits: bool
-
-
 def distill(
     student: Model,
     teacher: Model,
@@ -141,7 +132,7 @@ def distill(
         BridgeError: a model does not run in torch.
     """
     started = _now()
-    targets = _targets(student, teacher)
+    targets = targets_of(student, teacher)
     names = [[target.student for target in targets], [target.teacher for target in targets]]
     learner = _prepared(bridge(student, outputs=[*names[0], *features]), device)
     original = _prepared(bridge(teacher, outputs=[*names[1], *features]), device)
@@ -256,63 +247,6 @@ def _is_better(after: Tensor, before: Tensor) -> bool:
     return bool(gain.mean() > _STANDARD_ERRORS * error)
 
 
-# --- what is matched --------------------------------------------------------------------------
-
-
-def _targets(student: Model, teacher: Model) -> list[_Target]:
-    found = []
-    outputs = [
-        [value.name or "" for value in model.ir.graph.outputs] for model in (student, teacher)
-    ]
-    if sorted(outputs[0]) != sorted(outputs[1]):
-        raise UsageError(
-            f"the student's outputs are {', '.join(outputs[0])}, the teacher's are "
-            f"{', '.join(outputs[1])}",
-            hint="a teacher has the same outputs as its student",
-        )
-    for name in outputs[0]:
-        own, own_is_logits = _logits(student, name)
-        other, other_is_logits = _logits(teacher, name)
-        both = own_is_logits and other_is_logits
-        found.append(_Target(own, other, True) if both else _Target(name, name, False))
-    return found
-
-
-def _logits(model: Model, name: str) -> tuple[str, bool]:
-    """The tensor of logits behind an output, and whether there is one.
-
-    Classes are what a Softmax makes over the last of two axes, and what a fully connected layer
-    gives at the end.
-    """
-    value = values_by_name(model.ir.graph)[name]
-    rank = None if value.shape is None else len(value.shape)
-    node = value.producer()
-    if is_op(node, "Identity") and node is not None and node.inputs[0] is not None:
-        value, node = node.inputs[0], node.inputs[0].producer()
-    if rank != 2 or node is None:
-        return name, False
-    if is_op(node, "Softmax", "LogSoftmax") and node.inputs[0] is not None:
-        return node.inputs[0].name or "", True
-    while node is not None and is_op(node, *_PASSES_LOGITS_ON):
-        makers = [item.producer() for item in node.inputs if item is not None]
-        node = next((n for n in makers if n is not None and not is_op(n, "Constant")), None)
-    return value.name or "", is_op(node, "Gemm", "MatMul")
-
-
-def _divergences(student: Tensor, teacher: Tensor, target: _Target) -> Tensor:
-    """How far apart they are, for each image."""
-    if target.is_logits:
-        own, other = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
-        return F.kl_div(own, other, reduction="none", log_target=True).sum(-1)
-    return _normalised_errors(student, teacher)
-
-
-def _normalised_errors(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error for each image, over the variance of the teacher's tensor."""
-    squares = (student - teacher).square().reshape(len(teacher), -1).mean(1)
-    return squares / (teacher.var(correction=0) + _TINY)
-
-
 class _Training:
     """Student and teacher with what is to be matched."""
 
@@ -320,7 +254,7 @@ class _Training:
         self,
         student: OnnxModule,
         teacher: OnnxModule,
-        targets: Sequence[_Target],
+        targets: Sequence[Target],
         features: Sequence[str],
         images: Images,
         device: str,
@@ -339,9 +273,9 @@ class _Training:
             own = _wide(self.student(planes))
             with torch.no_grad():
                 other = _wide(self.teacher(planes))
-        total = self._output_divergences(own, other).mean()
-        errors = [_normalised_errors(own[name], other[name]).mean() for name in self.features]
-        return total + sum(errors) / len(errors) if errors else total
+        total = self._output_divergences(own, other, _TEMPERATURE).mean()
+        errors = [normalised_errors(own[name], other[name]).mean() for name in self.features]
+        return total + _FEATURES * sum(errors) / len(errors) if errors else total
 
     def _products(self) -> AbstractContextManager[object]:
         """Values are wanted more exactly than bfloat16 has them, classes are not."""
@@ -349,8 +283,12 @@ class _Training:
         is_enough = all(target.is_logits for target in self.targets)
         return torch.autocast("cpu", torch.bfloat16, enabled=helps and is_enough)
 
-    def _output_divergences(self, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
-        parts = [_divergences(own[t.student], other[t.teacher], t) for t in self.targets]
+    def _output_divergences(
+        self, own: Mapping[str, Tensor], other: Mapping[str, Tensor], temperature: float = 1.0
+    ) -> Tensor:
+        parts = [
+            divergences(own[t.student], other[t.teacher], t, temperature) for t in self.targets
+        ]
         return torch.stack(parts).mean(0)
 
     def divergences(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:

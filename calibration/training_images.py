@@ -1,8 +1,8 @@
 """Images to train on and images to judge by: batches of them, changed at random.
 
-Those are held back that fits hold back, too (`graphfold.calibration.split`): what was fitted on would
-look better than it is. The others come in a random order, all before any comes again, each mirrored
-at random and zoomed into.
+Those are held back that fits hold back, too (`graphfold.calibration.split`): what was fitted on
+would look better than it is. The others come in a random order, all before any comes again, each
+mirrored at random and zoomed into.
 """
 
 from __future__ import annotations

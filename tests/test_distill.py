@@ -13,6 +13,7 @@ from onnx import numpy_helper
 torch = pytest.importorskip("torch")
 
 from graphfold.calibration import distill as module  # noqa: E402 - needs torch
+from graphfold.calibration import matching  # noqa: E402
 from graphfold.calibration.distill import distill  # noqa: E402
 from graphfold.calibration.training_images import Images, augment  # noqa: E402
 from graphfold.errors import DataError, UsageError  # noqa: E402
@@ -94,6 +95,19 @@ def test_the_divergence_is_that_of_classes():
     own, other = probabilities
     divergence = (other * np.log(other / own)).sum(1).mean()
     assert found.before == pytest.approx(divergence, rel=1e-4)
+
+
+def test_what_is_learned_is_softened_in_the_same_units():
+    rng = torch.Generator().manual_seed(0)
+    own, other = (torch.randn(4, 6, generator=rng, dtype=torch.float64) for _ in range(2))
+    target = matching.Target("y", "y", True)
+    soft = matching.divergences(own, other, target, 3.0)
+    first, second = ((each / 3).softmax(-1) for each in (own, other))
+    expected = 9 * (second * (second / first).log()).sum(-1)
+    torch.testing.assert_close(soft, expected)
+    # Far up only differences of logits count: half their variance over the classes.
+    far = matching.divergences(own, other, target, 1e3)
+    torch.testing.assert_close(far, (own - other).var(-1, correction=0) / 2, rtol=1e-2, atol=0)
 
 
 def test_outputs_that_are_no_classes_are_compared_by_their_variance():
