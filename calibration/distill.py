@@ -39,7 +39,7 @@ from torch import Tensor  # isort: skip
 if TYPE_CHECKING:
     from graphfold.model import Model
 
-_STEP_SIZE = 2e-3  # per nat of damage
+_STEP_SIZE = 1e-3  # per nat of damage
 _LEAST_STEP_SIZE = 1e-4
 _TEMPERATURE = 2.0  # of the probabilities that are learned; those that are judged have 1
 _FEATURES = 4.0  # what the mean error of the features counts
@@ -118,7 +118,7 @@ def distill(
         minutes: for everything; as many steps are made as fit.
         features: names of inner tensors, the same in both models, to be matched as well.
         step_size: length of a step as a part of the size of the weights of an output channel; by
-            default 0.002 times the damage on the held-back images, from 0.0001 to 0.002: what is
+            default 0.001 times the damage on the held-back images, from 0.0001 to 0.001: what is
             nearly right is undone by long steps.
         steps: make so many, as far as time allows; two runs of the same number and seed are equal.
         augment: show each image mirrored at random and zoomed in by up to a quarter.

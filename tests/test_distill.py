@@ -252,4 +252,4 @@ def test_steps_are_as_long_as_the_damage_is_large(size, monkeypatch):
 
     monkeypatch.setattr(module, "_ScaledAdam", noted)
     found = repair(damaged(classifier(), size), load(classifier()), steps=1, step_size=None)
-    assert lengths == [pytest.approx(min(max(2e-3 * found.before, 1e-4), 2e-3))]
+    assert lengths == [pytest.approx(min(max(1e-3 * found.before, 1e-4), 1e-3))]
