@@ -5,8 +5,9 @@
 finds networks of EfficientNet-Lite0 as `auto` does (without what is held back: neither fits nor
 training see those photos), trains each on ../shared's calibration photos, quantizes the repaired
 ones, and judges all on other photos that nothing was fitted on. Networks that are at hand are named
-instead: `NETWORK... --original ORIGINAL`. Counts processor seconds beside wall time: ten minutes on
-two quiet cores are 1,200 of them.
+instead: `NETWORK... --original ORIGINAL`. Figures after repair are those of the trained network,
+also where the held-back photos do not confirm it and it is not kept. Counts processor seconds
+beside wall time: ten minutes on two quiet cores are 1,200 of them.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def speedups(original: Model, networks: list[Model], split: Split) -> list[float
         threads=1,
         seconds=_TIMED_SECONDS,
     )
-    return [each.speedup for each in found.models[1:]]
+    return [each.speedup for each in found.candidates[1:]]
 
 
 def row(
@@ -87,17 +88,17 @@ def row(
         "seconds": time.perf_counter() - started,
         "peak_kilobytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "before": photos.verdict(to_proto(network)).to_json(),
-        "after": photos.verdict(to_proto(found.model)).to_json(),
+        "after": photos.verdict(to_proto(found.candidate)).to_json(),
         "repair": found.to_json(),
     }
-    timed = [found.model]
+    timed = [found.candidate]
     if options.int8:
-        choice = quantized(found.model, split)
+        choice = quantized(found.candidate, split)
         figures["int8"] = photos.verdict(to_proto(choice.model)).to_json()
         figures["quantize"] = choice.settings.model_dump(mode="json", exclude_none=True)
         timed.append(choice.model)
     figures["speedups"] = speedups(original, timed, split)
-    return figures, found.model
+    return figures, found.candidate
 
 
 def shown(figures: dict[str, Any]) -> list[str]:

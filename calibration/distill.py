@@ -121,7 +121,7 @@ def distill(
             default 0.001 times the damage on the held-back images, from 0.0001 to 0.001: what is
             nearly right is undone by long steps.
         steps: make so many, as far as time allows; two runs of the same number and seed are equal.
-        augment: show each image mirrored at random and zoomed in by up to a quarter.
+        augment: show images mirrored, zoomed into and mixed with each other at random.
         seed: of the order of the images and of what is done to them.
         device: where torch runs.
         progress: called after each step.
@@ -327,12 +327,13 @@ class _Judge:
 
 
 class _Best:
-    """The student's best state so far, by the held-back images."""
+    """The student's best state so far after training began, by the held-back images."""
 
     def __init__(self, judge: _Judge) -> None:
         self._judge = judge
         begin = _now()
-        self.before = self.divergences = judge.divergences()
+        self.before = judge.divergences()
+        self.divergences = torch.full_like(self.before, math.inf)
         self.seconds = _now() - begin
         self.step = 0
         self.state = judge.state()
@@ -342,7 +343,7 @@ class _Best:
         """Judge the student after so many steps."""
         found = self._judge.divergences()
         self.curve.append((done, float(found.mean())))
-        if found.mean() < self.divergences.mean():
+        if done and found.mean() < self.divergences.mean():
             self.divergences, self.step, self.state = found, done, self._judge.state()
 
 

@@ -93,6 +93,7 @@ def repair(
     kept = found.is_kept and after.damage < before.damage
     return Repaired(
         model=found.model if kept else network.clone(),
+        candidate=found.trained,
         kept=kept,
         before=before,
         after=after,

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from graphfold.calibration import distill as module  # noqa: E402 - needs torch
 from graphfold.calibration import matching  # noqa: E402
 from graphfold.calibration.distill import distill  # noqa: E402
-from graphfold.calibration.training_images import Images, augment  # noqa: E402
+from graphfold.calibration.training_images import Images, augment, mixed  # noqa: E402
 from graphfold.errors import DataError, UsageError  # noqa: E402
 from graphfold.model import compare_interfaces, load, to_proto  # noqa: E402
 
@@ -195,13 +195,39 @@ def test_images_are_mirrored_and_zoomed_into():
     )
     assert (slopes > 0).any()
     assert (slopes < 0).any()
-    assert slopes.abs().min() > 0.74
+    assert 0.58 < slopes.abs().min() < 0.7
     assert slopes.abs().max() < 1.01
     assert changed.abs().max() <= 1
     last = augment(planes.movedim(1, -1), torch.Generator().manual_seed(0))
     torch.testing.assert_close(last.movedim(-1, 1), changed)
     vectors = torch.zeros(4, 7)
     assert augment(vectors, torch.Generator()) is vectors
+
+
+def test_images_are_blended_or_pasted_or_left():
+    ramp = torch.linspace(0, 1, 8)[:, None, None, None].expand(8, 3, 12, 10).contiguous()
+    kinds = {"left": 0, "blended": 0, "pasted": 0}
+    for seed in range(60):
+        changed = mixed({"x": ramp}, torch.Generator().manual_seed(seed))["x"]
+        again = mixed({"x": ramp.movedim(1, -1)}, torch.Generator().manual_seed(seed))["x"]
+        torch.testing.assert_close(again.movedim(-1, 1), changed)
+        assert 0 <= changed.min() <= changed.max() <= 1
+        other = (changed - ramp).abs() > 1e-6
+        if torch.equal(changed, ramp):
+            kinds["left"] += 1
+        elif (changed.amin((1, 2, 3)) == changed.amax((1, 2, 3))).all():
+            kinds["blended"] += 1
+        else:
+            kinds["pasted"] += 1
+            area = other.any(0)[0].float().mean()
+            assert 0.05 < area < 0.65
+            assert torch.isin(changed, ramp).all()
+    assert min(kinds.values()) >= 8
+    single, vectors = {"x": ramp[:1]}, {"x": ramp, "v": torch.zeros(8, 5)}
+    for batch in (single, vectors):
+        for seed in range(5):
+            found = mixed(batch, torch.Generator().manual_seed(seed))
+            assert all(found[name] is item for name, item in batch.items())
 
 
 def test_steps_are_scaled_by_output_channel():
