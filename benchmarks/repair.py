@@ -61,7 +61,7 @@ def speedups(original: Model, networks: list[Model], split: Split) -> list[float
         threads=1,
         seconds=_TIMED_SECONDS,
     )
-    return [each.speedup for each in found.candidates[1:]]
+    return [each.speedup for each in found.models[1:]]
 
 
 def row(
