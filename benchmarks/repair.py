@@ -1,109 +1,179 @@
-"""How far repair brings a compressed network back, per processor time.
+"""How far repair brings compressed networks back, in float and in INT8, per processor time.
 
-    python benchmarks/repair.py compressed.onnx --original original.onnx --steps 600
+    python benchmarks/repair.py
 
-trains on ../shared's calibration photos and judges on its other photos before, on the way and
-after. Counts processor seconds beside wall time: ten minutes on two quiet cores are 1,200 of them.
+finds networks of EfficientNet-Lite0 as `auto` does (without what is held back: neither fits nor
+training see those photos), trains each on ../shared's calibration photos, quantizes the repaired
+ones, and judges all on other photos that nothing was fitted on. Networks that are at hand are named
+instead: `NETWORK... --original ORIGINAL`. Figures after repair are those of the trained network,
+also where the held-back photos do not confirm it and it is not kept. Counts processor seconds
+beside wall time: ten minutes on two quiet cores are 1,200 of them.
 """
 
 import argparse
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import onnx
 import shared_data
 from common import markdown, write
-from numpy.typing import NDArray
+from training_free import FLOAT, MODELS, Judged, data, judged
 
-from graphfold.calibration.capture import run_part
-from graphfold.calibration.judge import Judge
+from graphfold.calibration.choosing import QuantizationChoice, choose_quantization
+from graphfold.calibration.explore import Exploration
+from graphfold.calibration.latency import compare
 from graphfold.calibration.repair import repair
-from graphfold.model import Model, load, save, to_proto
+from graphfold.calibration.split import Split, at_most, read_split, samples_of
+from graphfold.model import Model, adopt, load, save, to_proto
+
+_CALIBRATED_ON = 128
+_TIMED_SECONDS = 6.0
 
 
-def photos(source: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Images and labels of one of the shared data sets."""
-    samples = list(getattr(shared_data, source)())
-    images = np.stack([np.squeeze(each["input"]) for each in samples])
-    return images, np.concatenate([each["labels"] for each in samples])
+def searched(model: Model, calibration: str) -> Iterator[tuple[str, Model]]:
+    """Networks of a walk from the model, nothing held back in their weights."""
+    explored = Exploration(model, data(calibration, model))
+    explored.fit()
+    route = explored.float_route()
+    for target in FLOAT:
+        option = route.reach(target)
+        if option is not None:
+            proto = explored.bench.build(option.state)
+            yield f"{target:g}x", adopt(onnx.shape_inference.infer_shapes(proto), check=False)
 
 
-def answers(model: Model, images: NDArray[Any], threads: int) -> list[dict[str, NDArray[Any]]]:
-    """Outputs of a model, image by image."""
-    run = run_part(to_proto(model), threads)
-    (name,) = (item.name for item in model.ir.graph.inputs if not item.is_initializer())
-    return [run({name or "": image[None]}) for image in images]
+def quantized(network: Model, split: Split) -> QuantizationChoice:
+    """The network in INT8, as well quantized as is found without the photos that judge."""
+    feeds = at_most(split.fitted, map(samples_of, split.fitted), _CALIBRATED_ON)
+    return choose_quantization(network, feeds, split.held)
+
+
+def speedups(original: Model, networks: list[Model], split: Split) -> list[float]:
+    """Over the original in float, one thread, measured in turns."""
+    photo = {name: array[:1] for name, array in split.feeds[0].items()}
+    found = compare(
+        [to_proto(each).SerializeToString() for each in (original, *networks)],
+        names=[str(number) for number in range(len(networks) + 1)],
+        inputs=[photo],
+        threads=1,
+        seconds=_TIMED_SECONDS,
+    )
+    return [each.speedup for each in found.models[1:]]
+
+
+def row(
+    name: str,
+    network: Model,
+    original: Model,
+    split: Split,
+    photos: Judged,
+    options: argparse.Namespace,
+) -> tuple[dict[str, Any], Model]:
+    """All figures of one network, and the repaired one."""
+    started, processor = time.perf_counter(), time.process_time()
+    found = repair(
+        network,
+        original,
+        split.feeds,
+        minutes=options.minutes,
+        steps=options.steps,
+        threads=options.threads,
+    )
+    figures: dict[str, Any] = {
+        "network": name,
+        "processor_seconds": time.process_time() - processor,
+        "seconds": time.perf_counter() - started,
+        "peak_kilobytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "before": photos.verdict(to_proto(network)).to_json(),
+        "after": photos.verdict(to_proto(found.candidate)).to_json(),
+        "repair": found.to_json(),
+    }
+    timed = [found.candidate]
+    if options.int8:
+        choice = quantized(found.candidate, split)
+        figures["int8"] = photos.verdict(to_proto(choice.model)).to_json()
+        figures["quantize"] = choice.settings.model_dump(mode="json", exclude_none=True)
+        timed.append(choice.model)
+    figures["speedups"] = speedups(original, timed, split)
+    return figures, found.candidate
+
+
+def shown(figures: dict[str, Any]) -> list[str]:
+    """One line of the table."""
+    found: dict[str, Any] = figures["repair"]
+    both = [figures["before"], figures["after"]]
+    cells = [
+        figures["network"],
+        f"{figures['speedups'][0]:.2f}x",
+        *(_percent(each.get("agreement")) for each in both),
+        *(_percent(each.get("accuracy")) for each in both),
+        *(f"{each['damage']:.3f}" for each in both),
+        *(_percent(found[key].get("agreement")) for key in ("before", "after")),
+        "yes" if found["kept"] else "no",
+        str(found["steps"]),
+        f"{figures['processor_seconds']:.0f}",
+        f"{figures['seconds']:.0f}",
+    ]
+    if "int8" in figures:
+        cells += [f"{figures['speedups'][1]:.2f}x", _percent(figures["int8"].get("agreement"))]
+    return cells
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Write what there is so far."""
+    columns = [
+        *("network", "speedup", "agreement before", "after", "top-1 before", "after"),
+        *("KL before", "after", "held back before", "after", "kept", "steps"),
+        *("processor s", "wall s"),
+    ]
+    if options.int8:
+        columns += ["INT8 speedup", "INT8 agreement"]
+    given = "" if not options.network else " NETWORK... --original ORIGINAL"
+    command = f"python benchmarks/repair.py{given} --threads {options.threads}"
+    command += f" --minutes {options.minutes:g}"
+    command += "" if options.steps is None else f" --steps {options.steps}"
+    command += " --int8" if options.int8 else ""
+    title = "Repair by distillation: unlabelled calibration photos, judged on other photos"
+    body = markdown(columns, [shown(each) for each in rows])
+    write(options.name, title, command, body, {"rows": rows})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("network", type=Path, nargs="+")
-    parser.add_argument("--original", type=Path, required=True)
+    parser.add_argument("network", type=Path, nargs="*")
+    parser.add_argument("--original", type=Path)
+    parser.add_argument("--model", choices=tuple(MODELS), default=next(iter(MODELS)))
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--preprocess", choices=("lite", "mobilenet"), default="lite")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--int8", action="store_true", help="quantize the repaired networks, too")
     parser.add_argument("--output", type=Path, help="folder for the repaired networks")
     parser.add_argument("--name", default="repair", help="of the results")
     options = parser.parse_args()
-    original = load(options.original)
-    train, _ = photos(f"imagenet_{options.preprocess}")
-    images, labels = photos(f"nips_{options.preprocess}")
-    judge = Judge(answers(original, images, options.threads), labels)
-    (name,) = (item.name for item in original.ir.graph.inputs if not item.is_initializer())
-    rows, data = [], []
-    for path in options.network:
-        network = load(path)
-        started, processor = time.perf_counter(), time.process_time()
-        found = repair(
-            network,
-            original,
-            [{name or "": train}],
-            minutes=options.minutes,
-            steps=options.steps,
-            threads=options.threads,
-        )
-        seconds = time.perf_counter() - started
-        processor = time.process_time() - processor
-        before, after = (
-            judge.verdict(answers(each, images, options.threads)) for each in (network, found.model)
-        )
+    path = options.original or shared_data.SHARED / "models" / f"{options.model}.onnx"
+    original = load(path)
+    calibration, judging = MODELS[options.model]
+    split, photos = read_split(data(calibration, original)), judged(original, judging)
+    networks = (
+        [(each.stem, load(each)) for each in options.network]
+        if options.network
+        else list(searched(original, calibration))
+    )
+    rows = []
+    for name, network in networks:
+        figures, repaired = row(name, network, original, split, photos, options)
         if options.output is not None:
-            save(found.model, options.output / path.name)
-        figures = [
-            *(f"{100 * (each.agreement or 0):.1f} %" for each in (before, after)),
-            *(f"{100 * (each.accuracy or 0):.1f} %" for each in (before, after)),
-            *(f"{each.damage:.3f}" for each in (before, after)),
-            *(f"{100 * (each.agreement or 0):.1f} %" for each in (found.before, found.after)),
-            "yes" if found.kept else "no",
-            str(found.steps),
-            f"{processor:.0f}",
-            f"{seconds:.0f}",
-        ]
-        rows.append([path.stem, *figures])
-        data.append(
-            {
-                "network": path.stem,
-                "before": before.to_json(),
-                "after": after.to_json(),
-                "repair": found.to_json(),
-                "processor_seconds": processor,
-                "seconds": seconds,
-                "peak_kilobytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-            }
-        )
-        print(*rows[-1], flush=True)
-    columns = [
-        *("network", "agreement before", "after", "top-1 before", "after", "KL before", "after"),
-        *("held back before", "after", "kept", "steps", "processor s", "wall s"),
-    ]
-    command = f"python benchmarks/repair.py NETWORK --original ORIGINAL --threads {options.threads}"
-    command += f" --minutes {options.minutes:g}"
-    command += "" if options.steps is None else f" --steps {options.steps}"
-    title = "Repair by distillation: unlabelled calibration photos, judged on other photos"
-    write(options.name, title, command, markdown(columns, rows), {"rows": data})
+            options.output.mkdir(parents=True, exist_ok=True)
+            save(repaired, options.output / f"{name}.onnx")
+        rows.append(figures)
+        report(rows, options)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ The model is folded losslessly, inner channels and blocks are fitted on most of 
 inputs, and from there searches walk towards faster networks (`graphfold.calibration.context`),
 in float and, where it is asked for, with the latencies that the network has in INT8. What is left
 of the inputs judges every step. The network that is chosen is built once more by `optimize`, from
-the plan that says what it is, with all inputs: so the plan file alone makes it again.
+the plan that says what it is, with all inputs: so the plan file alone makes it again. Where it is
+trained after that, neither fits nor training see the inputs that judge.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class AutoResult:
         found: the search.
         result: what `optimize` made of its plan.
         final: the written network against the model, on the held-back inputs; by then those were
-            fitted on, too.
+            fitted on, too, except where the network was trained.
     """
 
     found: Found
@@ -401,7 +402,7 @@ class _Run:
         return route.options
 
     def built(self, found: Found, distill: float | None) -> AutoResult:
-        """The chosen network, made by `optimize` from its plan and all inputs."""
+        """The chosen network, made by `optimize` from its plan and the inputs."""
         import graphfold
 
         explored = self._exploration

@@ -7,6 +7,8 @@ kept. Structure, names and types of the network stay what they are.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -30,7 +32,7 @@ import torch  # isort: skip # after distill, which says what to install where it
 if TYPE_CHECKING:
     from graphfold.model import Model
 
-_MOST_FEATURES = 6
+_FEWEST_FEATURES, _MOST_FEATURES = 4, 16
 # Share of a tensor's variance beyond which it is not the original's tensor any more.
 _UNRELATED = 1.0
 
@@ -56,7 +58,7 @@ def repair(
         batches: samples by input name, along the first axis; no labels.
         minutes: of training, wall time; judging before and after comes on top.
         features: inner tensors of the same name and shape in both that are matched as well;
-            chosen by default: up to six along the network.
+            chosen by default: up to sixteen along the network.
         steps: make so many, as far as time allows; two runs of the same number are equal.
         step_size: length of a step as a part of the size of the weights of an output channel;
             by default in proportion to the damage.
@@ -91,6 +93,7 @@ def repair(
     kept = found.is_kept and after.damage < before.damage
     return Repaired(
         model=found.model if kept else network.clone(),
+        candidate=found.trained,
         kept=kept,
         before=before,
         after=after,
@@ -106,10 +109,12 @@ def common_features(
 ) -> list[str]:
     """Tensors that everything flows through in both models and that still mean the same.
 
-    At most six, evenly spread; none where the models have no names in common.
+    At most sixteen, spread along the network: those smaller than what is around them, where there
+    are enough, since they say as much and are cheaper to compare. None where the models have no
+    names in common.
     """
     graph, other = Graph(network), Graph(original)
-    shapes = {value.name: other.shape(value) for value in _waists(other)}
+    shapes = {value.name or "": other.shape(value) for value in _waists(other)}
     names = [
         value.name or ""
         for value in _waists(graph)
@@ -117,10 +122,26 @@ def common_features(
     ]
     errors = _errors(network, original, names, feed, threads)
     names = [name for name in names if errors[name] < _UNRELATED]
+    narrow = _narrow({name: _size(shape) for name, shape in shapes.items() if shape is not None})
+    if len(narrow & set(names)) >= _FEWEST_FEATURES:
+        names = [name for name in names if name in narrow]
     if len(names) <= _MOST_FEATURES:
         return names
     chosen = np.linspace(0, len(names) - 1, _MOST_FEATURES + 2).round().astype(int)[1:-1]
     return [names[index] for index in chosen]
+
+
+def _narrow(sizes: Mapping[str, int]) -> set[str]:
+    """Tensors whose run of equal sizes lies between larger ones."""
+    runs = [(size, list(run)) for size, run in itertools.groupby(sizes, key=sizes.__getitem__)]
+    around = [math.inf, *(size for size, _ in runs), math.inf]
+    found = [run for i, (size, run) in enumerate(runs) if size < min(around[i], around[i + 2])]
+    return set(itertools.chain.from_iterable(found))
+
+
+def _size(shape: Sequence[object]) -> int:
+    """Numbers of one sample; sizes that are left open count one."""
+    return math.prod(size for size in shape[1:] if isinstance(size, int))
 
 
 def _waists(graph: Graph) -> Iterator[Any]:

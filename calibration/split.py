@@ -132,6 +132,33 @@ def read_split(data: Dataset, portions: Portions | None = None) -> Split:
     return Split(feeds, fitted, [dict(batch.feed) for batch in judged], labels)
 
 
+def held_samples(lengths: Sequence[int]) -> NDArray[np.bool_]:
+    """Which samples are held back, of batches of these lengths: every fifth batch.
+
+    Of fewer than five batches every fifth sample is.
+    """
+    batches = np.repeat(np.arange(len(lengths)), lengths)
+    counted = batches if len(lengths) >= HELD_EVERY else np.arange(len(batches))
+    return np.asarray(counted % HELD_EVERY == HELD_EVERY - 1)
+
+
+def fitted_part(feeds: Sequence[Mapping[str, NDArray[Any]]]) -> list[Feed]:
+    """Feeds without the samples that are held back."""
+    lengths = [samples_of(feed) for feed in feeds]
+    parts = np.split(~held_samples(lengths), np.cumsum(lengths)[:-1])
+    found = []
+    for feed, length, chosen in zip(feeds, lengths, parts, strict=True):
+        if chosen.all():
+            found.append(dict(feed))
+        elif chosen.any():
+            found.append({name: _rows(array, length, chosen) for name, array in feed.items()})
+    return found
+
+
+def _rows(array: NDArray[Any], length: int, chosen: NDArray[np.bool_]) -> NDArray[Any]:
+    return array[chosen] if array.ndim and len(array) == length else array
+
+
 def samples_of(feed: Mapping[str, NDArray[Any]]) -> int:
     """Number of samples in a feed."""
     return next((len(array) for array in feed.values() if array.ndim), 1)

@@ -87,7 +87,8 @@ def optimize(
         data: feeds by input name that segments with `weights: regress` are fitted on, and that a
             plan's `quantize` is calibrated and judged on; without labels.
         distill: minutes of training the folded network by the model's own answers to `data`,
-            before it is quantized; kept only where held-back data confirms it.
+            before it is quantized; kept only where the fifth of the data confirms it that neither
+            fits nor training see.
         tolerance: largest accepted error relative to max|y|.
         verify: compare the folded network with the plan's reference network.
         require_verify: fail where onnxruntime cannot run the model.
@@ -107,9 +108,13 @@ def optimize(
     from graphfold.repaired import check_can_repair
 
     quantize = repair = None
+    fitted_on = data
     if distill is not None:
         check_can_repair(plan, data)
+        from graphfold.calibration.split import fitted_part
+
         repair = _repair_on(data or [], distill, progress)
+        fitted_on = fitted_part(data or [])
     if data is not None:
         from graphfold.calibration.planned import quantizing
 
@@ -126,7 +131,7 @@ def optimize(
             latency=latency,
             input_shapes=input_shapes,
             inputs=inputs,
-            fit=None if data is None else _fit_on(data, allow_other_model, progress),
+            fit=None if fitted_on is None else _fit_on(fitted_on, allow_other_model, progress),
             tolerance=tolerance,
             verify=verify,
             require_verify=require_verify,

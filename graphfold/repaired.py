@@ -24,6 +24,7 @@ class Repaired:
 
     Attributes:
         model: the repaired network; the network as it was where that is not better.
+        candidate: the best state that training came to, kept or not.
         kept: whether held-back samples confirmed the repair.
         before, after: of the network as it was and of the repaired one, kept or not, against the
             original on the held-back samples.
@@ -33,6 +34,7 @@ class Repaired:
     """
 
     model: Model
+    candidate: Model
     kept: bool
     before: Verdict
     after: Verdict

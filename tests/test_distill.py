@@ -13,8 +13,9 @@ from onnx import numpy_helper
 torch = pytest.importorskip("torch")
 
 from graphfold.calibration import distill as module  # noqa: E402 - needs torch
+from graphfold.calibration import matching  # noqa: E402
 from graphfold.calibration.distill import distill  # noqa: E402
-from graphfold.calibration.training_images import Images, augment  # noqa: E402
+from graphfold.calibration.training_images import Images, augment, mixed  # noqa: E402
 from graphfold.errors import DataError, UsageError  # noqa: E402
 from graphfold.model import compare_interfaces, load, to_proto  # noqa: E402
 
@@ -94,6 +95,19 @@ def test_the_divergence_is_that_of_classes():
     own, other = probabilities
     divergence = (other * np.log(other / own)).sum(1).mean()
     assert found.before == pytest.approx(divergence, rel=1e-4)
+
+
+def test_what_is_learned_is_softened_in_the_same_units():
+    rng = torch.Generator().manual_seed(0)
+    own, other = (torch.randn(4, 6, generator=rng, dtype=torch.float64) for _ in range(2))
+    target = matching.Target("y", "y", True)
+    soft = matching.divergences(own, other, target, 3.0)
+    first, second = ((each / 3).softmax(-1) for each in (own, other))
+    expected = 9 * (second * (second / first).log()).sum(-1)
+    torch.testing.assert_close(soft, expected)
+    # Far up only differences of logits count: half their variance over the classes.
+    far = matching.divergences(own, other, target, 1e3)
+    torch.testing.assert_close(far, (own - other).var(-1, correction=0) / 2, rtol=1e-2, atol=0)
 
 
 def test_outputs_that_are_no_classes_are_compared_by_their_variance():
@@ -181,13 +195,39 @@ def test_images_are_mirrored_and_zoomed_into():
     )
     assert (slopes > 0).any()
     assert (slopes < 0).any()
-    assert slopes.abs().min() > 0.74
+    assert 0.58 < slopes.abs().min() < 0.7
     assert slopes.abs().max() < 1.01
     assert changed.abs().max() <= 1
     last = augment(planes.movedim(1, -1), torch.Generator().manual_seed(0))
     torch.testing.assert_close(last.movedim(-1, 1), changed)
     vectors = torch.zeros(4, 7)
     assert augment(vectors, torch.Generator()) is vectors
+
+
+def test_images_are_blended_or_pasted_or_left():
+    ramp = torch.linspace(0, 1, 8)[:, None, None, None].expand(8, 3, 12, 10).contiguous()
+    kinds = {"left": 0, "blended": 0, "pasted": 0}
+    for seed in range(60):
+        changed = mixed({"x": ramp}, torch.Generator().manual_seed(seed))["x"]
+        again = mixed({"x": ramp.movedim(1, -1)}, torch.Generator().manual_seed(seed))["x"]
+        torch.testing.assert_close(again.movedim(-1, 1), changed)
+        assert 0 <= changed.min() <= changed.max() <= 1
+        other = (changed - ramp).abs() > 1e-6
+        if torch.equal(changed, ramp):
+            kinds["left"] += 1
+        elif (changed.amin((1, 2, 3)) == changed.amax((1, 2, 3))).all():
+            kinds["blended"] += 1
+        else:
+            kinds["pasted"] += 1
+            area = other.any(0)[0].float().mean()
+            assert 0.05 < area < 0.65
+            assert torch.isin(changed, ramp).all()
+    assert min(kinds.values()) >= 8
+    single, vectors = {"x": ramp[:1]}, {"x": ramp, "v": torch.zeros(8, 5)}
+    for batch in (single, vectors):
+        for seed in range(5):
+            found = mixed(batch, torch.Generator().manual_seed(seed))
+            assert all(found[name] is item for name, item in batch.items())
 
 
 def test_steps_are_scaled_by_output_channel():
@@ -238,4 +278,4 @@ def test_steps_are_as_long_as_the_damage_is_large(size, monkeypatch):
 
     monkeypatch.setattr(module, "_ScaledAdam", noted)
     found = repair(damaged(classifier(), size), load(classifier()), steps=1, step_size=None)
-    assert lengths == [pytest.approx(min(max(2e-3 * found.before, 1e-4), 2e-3))]
+    assert lengths == [pytest.approx(min(max(1e-3 * found.before, 1e-4), 1e-3))]
