@@ -52,7 +52,7 @@ _THREADS = 1
 # Positions of every image: for dense convolutions, layers of one pixel, and filters of a channel.
 _POSITIONS = {"dense": 98, "pointwise": 48, "depthwise": 16}
 # Of a feature's power: what fits from few rows per feature need to hold on other images.
-_DENSE_RIDGE = 0.3
+_DENSE_RIDGE = 0.1
 # A channel that can hardly be predicted is not blown up any further.
 _LARGEST_SCALE = 3.0
 
@@ -84,18 +84,19 @@ class Way:
     ridge: float = 6.0
 
 
-_SMALL = {4: 3, 9: 3, 10: 3}
 WAYS = {
     "alone": Way("fitted, each by itself", in_turn=False),
-    "turn": Way("fitted in turn", _SMALL),
-    "last": Way("and last layers of other blocks refitted", _SMALL, refits="last"),
-    "all": Way("and all their layers", _SMALL, refits="all"),
-    "together": Way("and blocks 0, 1 as one 5x5", _SMALL | {1: 5}, True, refits="all"),
-    "half": Way("and half the deviation restored", _SMALL | {1: 5}, True, True, "all", 0.5),
+    "turn": Way("fitted in turn"),
+    "small": Way("in turn, 3x3 everywhere", {4: 3, 9: 3, 10: 3}),
+    "pair": Way("in turn, blocks 0, 1 as one 5x5", {1: 5}, True),
+    "last": Way("in turn, and last layers of other blocks refitted", refits="last"),
+    "all": Way("in turn, and all layers of other blocks refitted", refits="all"),
     "statistics": Way(
-        "in turn, mean and deviation restored", _SMALL, refits="all", restore=1.0, ridge=1e6
+        "in turn, means and deviations of other blocks restored",
+        refits="all",
+        restore=1.0,
+        ridge=1e6,
     ),
-    "strided": Way("and block 1 as 5x5", _SMALL | {1: 5}, refits="all", restore=1.0, ridge=1e6),
 }
 
 

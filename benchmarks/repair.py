@@ -13,7 +13,7 @@ beside wall time: ten minutes on two quiet cores are 1,200 of them.
 import argparse
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +31,29 @@ from graphfold.model import Model, adopt, load, save, to_proto
 
 _CALIBRATED_ON = 128
 _TIMED_SECONDS = 6.0
+_CHOSEN_SECONDS = 60.0
 
 
-def searched(model: Model, calibration: str) -> Iterator[tuple[str, Model]]:
-    """Networks of a walk from the model, nothing held back in their weights."""
-    explored = Exploration(model, data(calibration, model))
+def searched(model: Model, calibration: str, speedups: Sequence[float]) -> list[tuple[str, Model]]:
+    """Networks of a walk from the model, nothing that repair judges on in their weights."""
+    explored = Exploration(model, data(calibration, model), for_repair=True)
     explored.fit()
     route = explored.float_route()
-    for target in FLOAT:
-        option = route.reach(target)
+    options = {target: route.reach(target) for target in sorted(speedups)}
+    explored.fit(everything=True)
+    found = []
+    for target in speedups:
+        option = options[target]
         if option is not None:
-            proto = explored.bench.build(option.state)
-            yield f"{target:g}x", adopt(onnx.shape_inference.infer_shapes(proto), check=False)
+            proto = onnx.shape_inference.infer_shapes(explored.bench.build(option.state))
+            found.append((f"{target:g}x", adopt(proto, check=False)))
+    return found
 
 
 def quantized(network: Model, split: Split) -> QuantizationChoice:
     """The network in INT8, as well quantized as is found without the photos that judge."""
     feeds = at_most(split.fitted, map(samples_of, split.fitted), _CALIBRATED_ON)
-    return choose_quantization(network, feeds, split.held)
+    return choose_quantization(network, feeds, split.held, time_budget=_CHOSEN_SECONDS)
 
 
 def speedups(original: Model, networks: list[Model], split: Split) -> list[float]:
@@ -137,6 +142,8 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         columns += ["INT8 speedup", "INT8 agreement"]
     given = "" if not options.network else " NETWORK... --original ORIGINAL"
     command = f"python benchmarks/repair.py{given} --threads {options.threads}"
+    if not options.network and tuple(options.speedups) != FLOAT:
+        command += " --speedups " + " ".join(f"{each:g}" for each in options.speedups)
     command += f" --minutes {options.minutes:g}"
     command += "" if options.steps is None else f" --steps {options.steps}"
     command += " --int8" if options.int8 else ""
@@ -150,6 +157,7 @@ def main() -> None:
     parser.add_argument("network", type=Path, nargs="*")
     parser.add_argument("--original", type=Path)
     parser.add_argument("--model", choices=tuple(MODELS), default=next(iter(MODELS)))
+    parser.add_argument("--speedups", type=float, nargs="+", default=FLOAT, help="in this order")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--threads", type=int, default=2)
@@ -160,11 +168,14 @@ def main() -> None:
     path = options.original or shared_data.SHARED / "models" / f"{options.model}.onnx"
     original = load(path)
     calibration, judging = MODELS[options.model]
-    split, photos = read_split(data(calibration, original)), judged(original, judging)
+    split, photos = (
+        read_split(data(calibration, original), for_repair=True),
+        judged(original, judging),
+    )
     networks = (
         [(each.stem, load(each)) for each in options.network]
         if options.network
-        else list(searched(original, calibration))
+        else searched(original, calibration, options.speedups)
     )
     rows = []
     for name, network in networks:

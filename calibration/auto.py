@@ -136,7 +136,7 @@ class AutoResult:
         found: the search.
         result: what `optimize` made of its plan.
         final: the written network against the model, on the held-back inputs; by then those were
-            fitted on, too, except where the network was trained.
+            fitted on, too. Where it was trained, on inputs that were reserved for that.
     """
 
     found: Found
@@ -265,7 +265,13 @@ def auto(
     """
     goal = _goal(speedup, min_agreement, False, dtype)
     explored = Exploration(
-        model, data, threads=threads, provider=provider, families=families, progress=progress
+        model,
+        data,
+        threads=threads,
+        provider=provider,
+        families=families,
+        for_repair=distill is not None,
+        progress=progress,
     )
     run = _Run(explored, goal, time_budget)
     return run.built(run.find(dtype), distill)
@@ -414,7 +420,7 @@ class _Run:
             distill=distill,
             progress=explored.progress,
         )
-        final = explored.judged(to_proto(result.folded))
+        final = explored.judged_at_last(to_proto(result.folded))
         explored.stage("building and verifying")
         return AutoResult(found, result, final)
 

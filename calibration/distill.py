@@ -287,10 +287,7 @@ class _Training:
         self, own: Mapping[str, Tensor], other: Mapping[str, Tensor], temperature: float = 1.0
     ) -> Tensor:
         parts = [
-            divergences(own[t.student], other[t.teacher], t, temperature)
-            # A scale of gradients that the temperature does not change.
-            * (temperature**2 if t.is_logits else 1.0)
-            for t in self.targets
+            divergences(own[t.student], other[t.teacher], t, temperature) for t in self.targets
         ]
         return torch.stack(parts).mean(0)
 

@@ -18,7 +18,7 @@ import onnx
 from graphfold.calibration.capture import run_part
 from graphfold.calibration.choosing import QuantizationChoice, choose_quantization, settings_of
 from graphfold.calibration.context import Context, Point, Search, smallest_drops
-from graphfold.calibration.judge import Verdict
+from graphfold.calibration.judge import Judge, Verdict
 from graphfold.calibration.latency import compare
 from graphfold.calibration.nodetimes import NodeTimes, measure_nodes
 from graphfold.calibration.planned import quantized_as
@@ -85,11 +85,13 @@ class Exploration:
         threads: intra-op threads that latency is measured with.
         provider: execution provider.
         families: what may be chosen: narrow, identity.
+        for_repair: reserve inputs that neither fits nor searches see, for `repair` to judge on.
         progress: called with (stage, done, total).
 
     Attributes:
         feeds: all inputs.
         held: those that judge.
+        reserved: those that are kept for repair; none, where none were asked for or to spare.
         bench, context: of `graphfold.calibration`.
         seconds: per stage.
         plain_int8: the model in INT8 with nothing left in float, by the best calibration; None
@@ -108,6 +110,7 @@ class Exploration:
         threads: int = 1,
         provider: str = "CPUExecutionProvider",
         families: Sequence[str] = ("narrow", "identity"),
+        for_repair: bool = False,
         progress: Progress | None = None,
     ) -> None:
         from graphfold.optimizer import optimize_model
@@ -122,8 +125,9 @@ class Exploration:
         self._nothing_in_float: Quantize | None = None
         self._clock = time.monotonic()
         self.progress("reading data", 0, 0)
-        split = read_split(data, portions_of(model, data))
+        split = read_split(data, portions_of(model, data), for_repair=for_repair)
         self.feeds, self.fitted_on, self.held = split.feeds, split.fitted, split.held
+        self.reserved = split.reserved
         self.progress("folding", 0, 0)
         self.folded = optimize_model(model, None, verify=False).folded
         self.bench = Workbench(self.folded, names_of(model))
@@ -146,8 +150,10 @@ class Exploration:
         self._clock = now
 
     def fit(self, *, everything: bool = False) -> None:
-        """Fit all places on the inputs that are not held back, or on all."""
-        feeds = self.feeds if everything else self.fitted_on
+        """Fit all places on the inputs that are not held back, or on all but the reserved."""
+        reserved = {id(feed) for feed in self.reserved}
+        unreserved = [feed for feed in self.feeds if id(feed) not in reserved]
+        feeds = unreserved if everything else self.fitted_on
         self.bench.forget()
         self.bench.collect(feeds, progress=self.progress)
         self.bench.prepare(self.progress)
@@ -235,6 +241,14 @@ class Exploration:
         """Any network against the model, on the inputs that are held back."""
         run = run_part(proto, 0)
         return self.context.judge.verdict([run(feed) for feed in self.held])
+
+    def judged_at_last(self, proto: onnx.ModelProto) -> Verdict:
+        """A finished network, on what was reserved, where something was."""
+        if not self.reserved:
+            return self.judged(proto)
+        original, run = run_part(to_proto(self.model), 0), run_part(proto, 0)
+        judge = Judge([original(feed) for feed in self.reserved])
+        return judge.verdict([run(feed) for feed in self.reserved])
 
     def measured(self, option: Option) -> Option:
         """The option with its speedup over the model measured, in INT8 judged as such, too.

@@ -76,11 +76,15 @@ def _logits(model: Model, name: str) -> tuple[str, bool]:
 def divergences(
     student: Tensor, teacher: Tensor, target: Target, temperature: float = 1.0
 ) -> Tensor:
-    """How far apart they are, for each image: of classes, the Kullback-Leibler divergence."""
+    """How far apart they are, for each image: of classes, the Kullback-Leibler divergence.
+
+    At a scale of gradients that the temperature does not change.
+    """
     if target.is_logits:
         own = F.log_softmax(student / temperature, -1)
         other = F.log_softmax(teacher / temperature, -1)
-        return F.kl_div(own, other, reduction="none", log_target=True).sum(-1)
+        apart = F.kl_div(own, other, reduction="none", log_target=True).sum(-1)
+        return temperature**2 * apart
     return normalised_errors(student, teacher)
 
 

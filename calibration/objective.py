@@ -126,7 +126,6 @@ class Answers:
         """For each sample, at a scale of gradients that the temperature does not change."""
         parts = [
             divergences(own[target.student], other[target.teacher], target, self.temperature)
-            * (self.temperature**2 if target.is_logits else 1.0)
             for target in self.targets
         ]
         return torch.stack(parts).mean(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from graphfold.model import Model
 
 HELD_EVERY = 5
+# Of what is held back, every second batch is for repair, where that follows a search: a search picks
+# what the inputs that it looks at like best, so they would call every change of it a loss.
+_REPAIR_EVERY = 2 * HELD_EVERY
 # More samples make a verdict no finer than searches need.
 MOST_JUDGED = 200
 # All inputs are in memory: they are run more than once.
@@ -45,12 +48,14 @@ class Split:
         fitted: those to fit on.
         held: those to judge on.
         labels: of the samples in `held`, in order; None where they are not all known.
+        reserved: those that neither fits nor searches see; `repair` judges on them.
     """
 
     feeds: list[Feed]
     fitted: list[Feed]
     held: list[Feed]
     labels: NDArray[np.int64] | None
+    reserved: list[Feed] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
@@ -94,12 +99,15 @@ def portions_of(model: Model, data: Dataset) -> Portions:
     return Portions(None if batch is None else int(batch), min(MOST_JUDGED, judged))
 
 
-def read_split(data: Dataset, portions: Portions | None = None) -> Split:
+def read_split(
+    data: Dataset, portions: Portions | None = None, *, for_repair: bool = False
+) -> Split:
     """Read all inputs and hold every fifth batch back.
 
     Args:
         data: the inputs.
         portions: how much at once, and how much to judge on; as usual by default.
+        for_repair: reserve what `repair` judges on, if there are batches enough.
 
     Raises:
         DataError: what is read does not fit the model, or there is not enough of it.
@@ -126,24 +134,29 @@ def read_split(data: Dataset, portions: Portions | None = None) -> Split:
         )
     feeds = [dict(batch.feed) for batch in batches]
     fitted = [feed for number, feed in enumerate(feeds) if number % HELD_EVERY != HELD_EVERY - 1]
+    reserved = []
+    if for_repair and len(batches) >= _REPAIR_EVERY:
+        reserved = feeds[_REPAIR_EVERY - 1 :: _REPAIR_EVERY]
+        held = held[::2]
     judged = at_most(held, [batch.samples for batch in held], portions.judged)
     known = [batch.labels for batch in judged if batch.labels is not None]
     labels = np.concatenate(known) if len(known) == len(judged) else None
-    return Split(feeds, fitted, [dict(batch.feed) for batch in judged], labels)
+    return Split(feeds, fitted, [dict(batch.feed) for batch in judged], labels, reserved)
 
 
 def held_samples(lengths: Sequence[int]) -> NDArray[np.bool_]:
-    """Which samples are held back, of batches of these lengths: every fifth batch.
+    """Which samples repair holds back, of batches of these lengths: every tenth batch.
 
-    Of fewer than five batches every fifth sample is.
+    Of fewer than ten batches every fifth is, of fewer than five every fifth sample.
     """
     batches = np.repeat(np.arange(len(lengths)), lengths)
     counted = batches if len(lengths) >= HELD_EVERY else np.arange(len(batches))
-    return np.asarray(counted % HELD_EVERY == HELD_EVERY - 1)
+    every = _REPAIR_EVERY if len(lengths) >= _REPAIR_EVERY else HELD_EVERY
+    return np.asarray(counted % every == every - 1)
 
 
 def fitted_part(feeds: Sequence[Mapping[str, NDArray[Any]]]) -> list[Feed]:
-    """Feeds without the samples that are held back."""
+    """Feeds without the samples that repair holds back."""
     lengths = [samples_of(feed) for feed in feeds]
     parts = np.split(~held_samples(lengths), np.cumsum(lengths)[:-1])
     found = []

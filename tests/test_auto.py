@@ -73,15 +73,15 @@ def test_the_least_damaged_network_that_is_fast_enough(files):
     assert found.chosen.verdict.accuracy is not None
 
 
-def test_repair_is_judged_where_neither_fits_nor_training_were(files):
+def test_repair_is_judged_where_neither_fits_nor_searches_nor_training_were(files):
     pytest.importorskip("torch")
     done = auto(*arguments(files), speedup=1.5, distill=0.02)
     repaired = done.result.report.repaired
-    assert (repaired.trained, repaired.judged) == (96, 24)
-    # It starts from what the search judged, on the same inputs.
-    expected = done.found.chosen.verdict
-    assert repaired.before.damage == pytest.approx(expected.damage, rel=1e-4)
-    assert repaired.before.agreement == expected.agreement
+    assert (repaired.trained, repaired.judged) == (112, 8)
+    explored = Exploration(*arguments(files), for_repair=True)
+    parts = (explored.fitted_on, explored.held, explored.reserved)
+    assert [sum(len(feed["x"]) for feed in part) for part in parts] == [96, 16, 8]
+    assert done.found.settings["judged_on"] == 16
     reached = repaired.after if repaired.kept else repaired.before
     assert done.final.damage == pytest.approx(reached.damage, rel=1e-4)
 

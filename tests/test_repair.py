@@ -220,7 +220,7 @@ def test_the_command_reports_what_came_of_it(files, tmp_path, capfd, monkeypatch
     found = document["distilled"]
     assert found["kept"]
     assert found["after"]["damage"] < found["before"]["damage"]
-    assert (found["trained_on"], found["judged_on"]) == (84, 16)  # every fifth batch of 8
+    assert (found["trained_on"], found["judged_on"]) == (92, 8)  # every tenth batch of 8
     assert "against the original" in page.read_text()
     metadata = {item.key: item.value for item in onnx.load(out).metadata_props}
     assert metadata["graphfold.distilled"] == str(found["steps"]) == "40"

@@ -24,6 +24,12 @@ def test_every_fifth_batch_is_held_back():
     assert all(part["size"] == 4 for part in fitted_part(given))
 
 
+def test_of_many_batches_repair_has_every_tenth_to_itself():
+    given = feeds(*[2] * 11)
+    assert np.flatnonzero(held_samples([2] * 11)).tolist() == [18, 19]
+    assert numbers(fitted_part(given)) == [*range(18), 20, 21]
+
+
 def test_of_few_batches_every_fifth_sample_is():
     given = feeds(7, 5)
     assert np.flatnonzero(held_samples([7, 5])).tolist() == [4, 9]
