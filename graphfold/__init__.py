@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from graphfold.calibration.latency import LatencyComparison
     from graphfold.calibration.planning import PlanResult
     from graphfold.calibration.profile import Profile
-    from graphfold.calibration.search import Searched
+    from graphfold.calibration.searched import Searched
     from graphfold.fitted import Fit, Fitted
     from graphfold.inspection import Inspection
     from graphfold.masking import Budget

@@ -23,7 +23,7 @@ from graphfold.options import (
 from graphfold.terminal import STDIO, check_output
 
 if TYPE_CHECKING:
-    from graphfold.calibration.search import Searched
+    from graphfold.calibration.searched import Searched
     from graphfold.masking import Budget
     from graphfold.terminal import Terminal
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from builders import ModelBuilder
-from trainable import network, pictures
+from maskable import chain, table_of
+from trainable import pictures
 
 torch = pytest.importorskip("torch")
 
 import graphfold  # noqa: E402
-from graphfold.calibration import training  # noqa: E402 - needs torch
+from graphfold.calibration import search as searching  # noqa: E402 - needs torch
+from graphfold.calibration import training  # noqa: E402
 from graphfold.calibration.masks import (  # noqa: E402
     MaskedModule,
     MaskHooks,
@@ -27,18 +31,12 @@ from graphfold.calibration.training import train  # noqa: E402
 from graphfold.calibration.untie import untie  # noqa: E402
 from graphfold.candidates import find_candidates  # noqa: E402
 from graphfold.cli import main  # noqa: E402
-from graphfold.cuts import choice_row, cut_layout, is_no_change  # noqa: E402
-from graphfold.errors import BudgetError, MeasuresError, UsageError  # noqa: E402
 from graphfold.graph import Graph  # noqa: E402
-from graphfold.masked_plans import Predictions  # noqa: E402
-from graphfold.masking import Budget, Chooser, find_masks  # noqa: E402
-from graphfold.measures import (  # noqa: E402
-    LatencyHeader,
-    LatencyRow,
-    LatencyTable,
-    write_table,
-)
-from graphfold.model import load, save, to_proto  # noqa: E402
+from graphfold.masking import Budget, find_masks  # noqa: E402
+from graphfold.measures import read_latency, write_table  # noqa: E402
+from graphfold.model import digest, load, save, to_proto  # noqa: E402
+from graphfold.plan import ModelReference, read_plan  # noqa: E402
+from graphfold.sites import find_sites  # noqa: E402
 
 RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=0.4, augment=False)
 
@@ -46,36 +44,6 @@ RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=0.4, augment=False)
 def samples(count=64, seed=0):
     images, labels = pictures(count, seed)
     return Samples.of({"x": images}, labels)
-
-
-def chain(depth=4):
-    """A stem and several inverted-residual blocks, the later ones at more channels."""
-    net = ModelBuilder(("N", 3, 8, 8))
-    y = net.op("Relu", net.norm(net.conv("x", 8, 3, pad=1, stride=2)), out="stem")
-    for number in range(depth):
-        wide = net.op("Relu", net.norm(net.conv(y, 16, 1)), out=f"wide{number}")
-        deep = net.op("Relu", net.norm(net.depthwise(wide, 3, pad=1)), out=f"deep{number}")
-        y = net.op("Add", y, net.norm(net.conv(deep, 8, 1)), out=f"block{number}")
-    y = net.op("Flatten", net.op("GlobalAveragePool", net.op("Relu", y, out="head")))
-    weight, bias = net.constant(net.rng.normal(size=(4, 8))), net.constant(np.zeros(4))
-    return net.model(net.op("Gemm", y, weight, bias, transB=1, out="y", channels=4))
-
-
-def table_of(model, merged):
-    """Latencies that no device decides: 1 ms a step, and so much for a merged block's output."""
-    candidates = find_candidates(Graph(model))
-    rows = [
-        LatencyRow(**step.row().model_dump(exclude_none=True), value=1.0)
-        for step in cut_layout(candidates).steps
-    ]
-    for each in candidates.found:
-        for choice in each.choices:
-            if choice.removed_convs or is_no_change(each, choice):
-                continue
-            row = choice_row(each, choice).model_dump(exclude_none=True)
-            value = merged.get(each.output.name, 50.0) if len(each.convs) == 3 else 50.0
-            rows.append(LatencyRow(**row, value=value))
-    return LatencyTable(header=LatencyHeader(created_by="a test"), rest=1.0, rows=tuple(rows))
 
 
 def prepared(proto, choose, per="block"):
@@ -128,16 +96,12 @@ def _slope(proto, masks, name, batch, objective, labels):
     off = {site for mask in masks[1:] for site in mask.sites}
     losses = []
     for step in (-1e-2, 1e-2):
-        net = graphfold.model.load(proto)
+        net = load(proto)
         graph = Graph(net)
-        from graphfold.sites import find_sites
-
         for site in find_sites(graph).activations:
             if site.name not in off and site.name != name:
                 continue
             share = (0.0 if site.name in off else 1.0) + (step if site.name == name else 0.0)
-            import onnx_ir as ir
-
             readers = list(site.output.uses())
             b = graph.add_initializer("b", np.float32(share).reshape(()))
             c = graph.add_initializer("c", np.float32(1 - share).reshape(()))
@@ -209,72 +173,6 @@ def test_what_matters_to_the_task_is_kept():
 
 def _spread(net, *shape):
     return 0.05 * net.rng.normal(size=(*shape, 1, 1)).astype(np.float32)
-
-
-# --- the choice -------------------------------------------------------------------------------
-
-
-def test_ties_are_broken_by_savings_and_then_by_place():
-    keep_two = Chooser(Budget("keep", 2), [0.0, 3.0, 1.0, 1.0])
-    assert keep_two([1.0, 1.0, 1.0, 1.0]) == (True, False, True, False)
-    assert keep_two([1.0, 1.5, 1.0, 1.0]) == (True, True, False, False)
-    assert keep_two([-3.0, -2.0, -1.0, -4.0]) == (False, True, True, False)
-
-
-def test_a_budget_of_time_removes_the_least_important_and_no_more():
-    saved = (4.0, 1.0, 2.0, 0.0)
-
-    def latency(removed):
-        return 10.0 - sum(saved[at] for at in removed)
-
-    def kept(ms, importance):
-        return Chooser(Budget("ms", ms), saved, latency, 10.0)(importance)
-
-    assert kept(9.0, [4.0, 1.0, 3.0, 2.0]) == (True, False, True, True)
-    # What saves nothing comes back, and what another one made unneeded.
-    assert kept(9.0, [4.0, 2.0, 3.0, 1.0]) == (True, False, True, True)
-    assert kept(8.0, [4.0, 1.0, 2.0, 3.0]) == (True, True, False, True)
-    assert kept(3.0, [1.0, 2.0, 3.0, 4.0]) == (False, False, False, True)
-    faster = Chooser(Budget("speedup", 1.25), saved, latency, 10.0)
-    assert faster([4.0, 1.0, 2.0, 3.0]) == (True, True, False, True)
-    with pytest.raises(BudgetError, match=r"takes 3\.000 ms, 3\.33 times"):
-        Chooser(Budget("ms", 2.0), saved, latency, 10.0)
-    with pytest.raises(UsageError, match="nothing has to go"):
-        Chooser(Budget("speedup", 1.0), saved, latency, 10.0)
-    with pytest.raises(UsageError, match="4 of 4 masks cannot be kept"):
-        Chooser(Budget("keep", 4), saved)
-
-
-def test_masks_of_blocks_of_activations_and_of_the_ends():
-    candidates = find_candidates(Graph(load(chain(2))))
-    assert [mask.name for mask in find_masks(candidates)] == ["block0", "block1"]
-    names = [mask.name for mask in find_masks(candidates, "activation")]
-    assert names == ["wide0", "deep0", "wide1", "deep1"]
-    names = [mask.name for mask in find_masks(candidates, ends=True)]
-    assert names == ["stem", "block0", "block1", "head"]
-    net = ModelBuilder(("N", 3, 8, 8))
-    single = net.model(net.op("Relu", net.conv("x", 4, 1), out="y"))
-    with pytest.raises(UsageError, match="no blocks that could be merged"):
-        find_masks(find_candidates(Graph(load(single))))
-
-
-def test_what_one_activation_saves_counts_with_and_without_the_others():
-    model = load(chain(2))
-    candidates = find_candidates(Graph(model))
-    masks = find_masks(candidates, "activation")
-    found = Predictions(candidates, masks, table_of(model, {"block0": 1.0, "block1": 2.0}))
-    # Alone none saves anything; of a pair each counts half.
-    assert found.latency(frozenset({0})) == found.original
-    assert found.original - found.latency(frozenset({0, 1})) == pytest.approx(3.0)
-    assert found.savings == pytest.approx([1.5, 1.5, 1.0, 1.0])
-    other = table_of(load(network()), {})
-    with pytest.raises(MeasuresError, match="no tensor"):
-        Predictions(find_candidates(Graph(load(_renamed()))), masks, other)
-
-
-def _renamed():
-    net = ModelBuilder(("N", 3, 8, 8))
-    return net.model(net.conv(net.op("Relu", net.conv("x", 4), out="other"), 4, out="y"))
 
 
 # --- plans ------------------------------------------------------------------------------------
@@ -365,8 +263,8 @@ def test_the_report_has_curves_and_when_the_set_was_stable(tmp_path):
         assert told["epochs"][0]["importance"] == [1.0, 1.0, 1.0]
         assert told["epochs"][-1]["kept"] == told["kept"]
         assert told["epochs"][-1]["held_out"] == told["held_out"]
-        again = graphfold.plan.read_plan(tmp_path / f"{told['label']}.json")
-        assert again.digest == graphfold.plan.read_plan(told["plan"]).digest
+        again = read_plan(tmp_path / f"{told['label']}.json")
+        assert again.digest == read_plan(told["plan"]).digest
     drawn = (tmp_path / "search.svg").read_text()
     # For every run three importances, two losses, one line of changes.
     assert drawn.count("<polyline") == 4 * 6
@@ -390,6 +288,36 @@ def test_what_is_on_is_chosen_anew_after_each_epoch():
     assert [each.kept[0] for each in hooks.course] == [True, True, False, False]
     assert len(chosen) == 4
     assert stable_since(hooks.course) == 2
+
+
+def test_the_device_is_measured_once(tmp_path, monkeypatch):
+    model, other = load(chain(3)), load(chain(2))
+    measured = []
+
+    def measure(given, path, **_):
+        measured.append(given)
+        table = table_of(given, {"block0": 0.5, "block1": 1.0})
+        stated = table.header.model_copy(update={"model": ModelReference(sha256=digest(given))})
+        table = table.model_copy(update={"header": stated})
+        write_table(table, path)
+        return SimpleNamespace(table=table)
+
+    monkeypatch.setattr(searching, "profile_model", measure)
+    options = {"folder": tmp_path, "recipe": Recipe(epochs=1, batch_size=16)}
+    for given in (model, model):
+        found = search(given, samples(16), [Budget("speedup", 1.1)], **options)
+        assert found.runs[0].latency < found.original / 1.1
+        (tmp_path / "speedup-1.1.partial").unlink()
+    assert measured == [model]
+    search(other, samples(16), [Budget("keep", 1)], **options)
+    assert measured == [model, other]
+    assert read_latency(tmp_path / "latency.json").header.model.sha256 == digest(other)
+    # Without a decay and without a budget of time none is needed.
+    (tmp_path / "latency.json").unlink()
+    (tmp_path / "keep-1.partial").unlink()
+    found = search(model, samples(16), [Budget("keep", 1)], decays=(0.0,), **options)
+    assert found.savings is None
+    assert len(measured) == 2
 
 
 # --- the command ------------------------------------------------------------------------------
