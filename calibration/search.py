@@ -302,7 +302,7 @@ def _warnings(masks: Sequence[Mask], predictions: Predictions | None) -> list[st
 def _objective(
     budget: Budget, decay: float, latency: float | None, predictions: Predictions | None
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {"search": {budget.unit: budget.value, "decay": decay}}
+    found: dict[str, Any] = {"search": {**budget.to_json(), "decay": decay}}
     if predictions is not None:
         found |= {"predicted_ms": latency, "latency_table": predictions.table.digest}
     return found

@@ -59,7 +59,7 @@ class Run:
         held_out = self.trained.last.held_out
         return {
             "label": self.label,
-            "budget": {self.budget.unit: self.budget.value},
+            "budget": self.budget.to_json(),
             "decay": self.decay,
             "kept": [int(on) for on in self.last.kept],
             "importance": list(self.last.importance),
@@ -164,7 +164,8 @@ class Searched:
             )
             for at, mask in enumerate(self.masks)
         ]
-        epochs = run.trained.epochs
+        # Before training the statistics of a network without some activations fit nothing.
+        epochs = run.trained.epochs[1:]
         losses = [
             Line("search", [(e.number, e.loss) for e in epochs if e.loss is not None], True),
             Line(

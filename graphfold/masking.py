@@ -70,6 +70,10 @@ class Budget:
     def __str__(self) -> str:
         return f"{self.unit} {self.value:g}"
 
+    def to_json(self) -> dict[str, float]:
+        """Part of a JSON document."""
+        return {self.unit: int(self.value) if self.unit == "keep" else self.value}
+
 
 def find_blocks(candidates: Candidates) -> list[Block]:
     """Blocks to choose among: inverted residuals, in a network without any the residual ones."""
