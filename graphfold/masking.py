@@ -182,6 +182,13 @@ class Chooser:
             raise UsageError(f"{budget}: a budget of time is above 0 and needs latencies")
         self._limit = original / budget.value if budget.unit == "speedup" else budget.value
         fastest = latency(frozenset(range(count)))
+        if fastest >= latency(frozenset()):
+            raise BudgetError(
+                f"{budget}: without any of the {count} masks the network is no faster, since no "
+                "merge that this allows is faster than what it replaces on the device of the "
+                "latency table",
+                hint="--keep chooses by number",
+            )
         if fastest > self._limit * (1 + 1e-9):
             raise BudgetError(
                 f"without any of the {count} masks the network takes {fastest:.3f} ms, "

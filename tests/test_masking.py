@@ -39,6 +39,8 @@ def test_a_budget_of_time_removes_the_least_important_and_no_more():
     assert faster([4.0, 1.0, 2.0, 3.0]) == (True, True, False, True)
     with pytest.raises(BudgetError, match=r"takes 3\.000 ms, 3\.33 times"):
         Chooser(Budget("ms", 2.0), saved, latency, 10.0)
+    with pytest.raises(BudgetError, match="the network is no faster"):
+        Chooser(Budget("ms", 8.0), saved, lambda _: 10.0, 10.0)
     with pytest.raises(UsageError, match="nothing has to go"):
         Chooser(Budget("speedup", 1.0), saved, latency, 10.0)
     with pytest.raises(UsageError, match="4 of 4 masks cannot be kept"):
