@@ -10,7 +10,7 @@ is a search of its own (appendix E), so that together they are a family of plans
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +139,7 @@ def search(
         recipe,
         tuple(runs),
         searching.judged,
-        tuple(_warnings(masks, predictions)),
+        tuple(_warnings(masks, predictions, runs, recipe)),
     )
 
 
@@ -287,16 +287,22 @@ def _weights(predictions: Predictions | None) -> list[float] | None:
     return [saving / mean if mean > 0 else 0.0 for saving in savings]
 
 
-def _warnings(masks: Sequence[Mask], predictions: Predictions | None) -> list[str]:
-    if predictions is None:
-        return []
-    idle = [m.name for m, saving in zip(masks, predictions.savings, strict=True) if saving <= 0]
-    if not idle:
-        return []
-    return [
-        f"{len(idle)} of {len(masks)} masks save no time on the device of the latency table, "
-        f"{idle[0]!r} for one: the decay leaves them alone"
-    ]
+def _warnings(
+    masks: Sequence[Mask], predictions: Predictions | None, runs: Sequence[Run], recipe: Recipe
+) -> Iterator[str]:
+    savings = () if predictions is None else predictions.savings
+    idle = [mask.name for mask, saving in zip(masks, savings, strict=False) if saving <= 0]
+    if idle:
+        yield (
+            f"{len(idle)} of {len(masks)} masks save no time on the device of the latency table, "
+            f"{idle[0]!r} for one: the decay leaves them alone"
+        )
+    unsettled = [run.label for run in runs if run.stable_since == recipe.epochs]
+    if unsettled:
+        yield (
+            f"masks were still switched after the last epoch ({', '.join(unsettled)}): "
+            "search for more epochs"
+        )
 
 
 def _objective(

@@ -134,8 +134,10 @@ def test_with_the_decay_alone_the_costliest_blocks_go():
     model = load(chain(4))
     merged = {"block0": 2.5, "block1": 0.5, "block2": 1.5, "block3": 2.0}
     budgets = [Budget("keep", count) for count in (1, 2, 3)]
-    recipe = Recipe(epochs=1, batch_size=16, learning_rate=1e-9, augment=False)
-    found = search(model, samples(32), budgets, latency=table_of(model, merged), recipe=recipe)
+    # So strong that nothing else counts; weights and importances hardly move.
+    recipe = Recipe(epochs=1, batch_size=16, learning_rate=1e-4, augment=False, clip=None)
+    options = {"latency": table_of(model, merged), "decays": (1e3,), "recipe": recipe}
+    found = search(model, samples(32), budgets, **options)
     # 4 ms as it is (expansion, depthwise, projection, Add): block 1 saves the most.
     assert found.savings == pytest.approx([1.5, 3.5, 2.5, 2.0])
     assert [run.last.kept for run in found.runs] == [
@@ -143,6 +145,10 @@ def test_with_the_decay_alone_the_costliest_blocks_go():
         (True, False, False, True),
         (True, False, True, True),
     ]
+    for run in found.runs:
+        lost = [1.0 - worth for worth in run.last.importance]
+        assert lost == pytest.approx([lost[1] * saved / 3.5 for saved in found.savings], rel=1e-2)
+        assert 0.01 < lost[1] < 1
 
 
 def test_what_matters_to_the_task_is_kept():
@@ -169,6 +175,13 @@ def test_what_matters_to_the_task_is_kept():
     (run,) = found.runs
     assert run.last.kept == (False, False, True)
     assert run.last.importance[2] == max(run.last.importance)
+    assert found.warnings == ()
+    # It was not on at the start, so one epoch is too few.
+    assert run.course[0].kept == (True, False, False)
+    recipe = Recipe(epochs=1, batch_size=32, learning_rate=0.4, augment=False)
+    found = search(model, data, [Budget("keep", 1)], decays=(0.0,), alpha=0.0, recipe=recipe)
+    assert found.runs[0].stable_since == 1
+    assert found.warnings[0].endswith("(keep-1): search for more epochs")
 
 
 def _spread(net, *shape):
