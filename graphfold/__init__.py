@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from graphfold.calibration.planning import PlanResult
     from graphfold.calibration.profile import Profile
     from graphfold.calibration.score import Score
+    from graphfold.calibration.searched import Searched
     from graphfold.fitted import Fit, Fitted
     from graphfold.inspection import Inspection
+    from graphfold.masking import Budget
     from graphfold.measures import LatencyTable
     from graphfold.model import Model
     from graphfold.optimizer import Result
@@ -44,6 +46,7 @@ __all__ = [
     "profile",
     "quantize",
     "score",
+    "search",
     "verify",
 ]
 
@@ -340,6 +343,37 @@ def finetune(
     from graphfold.optimizer import load_any
 
     return finetune_on(load_any(model), data, plan, validation, teacher, **options)
+
+
+def search(
+    model: Any,
+    data: Dataset,
+    budgets: Sequence[Budget],
+    *,
+    validation: Dataset | None = None,
+    teacher: Any = None,
+    **options: Any,
+) -> Searched:
+    """Find the activations that a model can do without, see `graphfold.calibration.search`.
+
+    Args:
+        model: in any form that `optimize` takes.
+        data: samples to train on, with labels or without (`calibration.dataset.read_dataset`).
+        budgets: a plan is found for each: `masking.Budget("keep", 8)`, "speedup" or "ms".
+        validation: samples to judge on; by default a tenth of `data` is held back.
+        teacher: to learn from, a model in any of these forms or a torch module; by default the
+            model itself.
+        options: use_labels, decays, per, ends, latency, boundary, recipe, alpha, temperature,
+            smoothing, input_shapes, folder, header, group, progress.
+
+    Raises:
+        ModelError, DataError, UsageError, MeasuresError: bad input.
+        BudgetError: no plan is as fast as asked.
+    """
+    from graphfold.calibration.search import search_on
+    from graphfold.optimizer import load_any
+
+    return search_on(load_any(model), data, budgets, validation, teacher, **options)
 
 
 def make_plan(model: Any, **options: Any) -> PlanResult:

@@ -107,6 +107,16 @@ def dataset(
     return found
 
 
+def judged(
+    validation: str | None, preprocess: str | None, model: Model, terminal: Terminal
+) -> Dataset | None:
+    """What `--validation` names; pictures are prepared as those of `--data`."""
+    if validation is None:
+        return None
+    pictures = Path(validation).is_dir()
+    return dataset(validation, preprocess if pictures else None, model, terminal)
+
+
 def plan_data(
     plan: str | None,
     data: str | None,

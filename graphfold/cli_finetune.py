@@ -23,9 +23,7 @@ from graphfold.targets import Targets
 from graphfold.terminal import STDIO
 
 if TYPE_CHECKING:
-    from graphfold.calibration.dataset import Dataset
     from graphfold.calibration.finetune import Finetuned
-    from graphfold.model import Model
     from graphfold.terminal import Terminal
 
 _EXAMPLES = (
@@ -220,7 +218,7 @@ def _finetune(
                 loaded,
                 arguments.dataset(data, preprocess, loaded, terminal, samples),
                 plan,
-                validation=_judged(validation, preprocess, loaded, terminal),
+                validation=arguments.judged(validation, preprocess, loaded, terminal),
                 teacher=None if teacher is None else arguments.source(teacher),
                 use_labels=not no_labels,
                 recipe=recipe,
@@ -241,15 +239,6 @@ def _finetune(
 def _check_choice(option: str, given: str, known: tuple[str, ...]) -> None:
     if given not in known:
         raise UsageError(f"{option} {given!r} is not known", hint=" or ".join(known))
-
-
-def _judged(
-    validation: str | None, preprocess: str | None, model: Model, terminal: Terminal
-) -> Dataset | None:
-    if validation is None:
-        return None
-    pictures = Path(validation).is_dir()
-    return arguments.dataset(validation, preprocess if pictures else None, model, terminal)
 
 
 def _write(done: Finetuned, targets: Targets, partial: Path, terminal: Terminal) -> None:

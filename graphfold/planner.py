@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import onnx_ir as ir
 
 from graphfold import __version__
 from graphfold.assembly import assemble_plan, changes_anything, objective
@@ -25,6 +24,7 @@ from graphfold.errors import BudgetError, UsageError
 from graphfold.graph import Graph
 from graphfold.importance import Change, DataFree, data_free
 from graphfold.losses import Losses
+from graphfold.masking import find_blocks
 from graphfold.measures import (
     ImportanceHeader,
     ImportanceRow,
@@ -37,7 +37,6 @@ from graphfold.measures import (
 from graphfold.methods import Method, Pieces, may_choose, solve
 from graphfold.plan import ModelReference, Plan
 from graphfold.reasons import what_ends_segments, why_nothing_changes
-from graphfold.segments import inverted_residuals
 from graphfold.solver import Floor, Frontier, Solution
 
 if TYPE_CHECKING:
@@ -344,24 +343,13 @@ class _Scope:
         """
         if self._method != "depthshrinker":
             return []
-        graph = self._candidates.graph
-        found = [(block.input, block.output) for block in inverted_residuals(graph)]
-        found = found or list(_residual_blocks(self._candidates))
+        found = find_blocks(self._candidates)
         if not found:
             raise UsageError(
                 "the model has no inverted-residual or residual blocks to choose among",
                 hint="--method layermerge chooses among all segments",
             )
-        return [(source.name or "", target.name or "") for source, target in found]
-
-
-def _residual_blocks(candidates: Candidates) -> Iterator[tuple[ir.Value, ir.Value]]:
-    """Segments over a join that hold no other such segment."""
-    joining = [each for each in candidates.found if each.adds]
-    for each in joining:
-        nodes = set(each.nodes)
-        if not any(nodes > set(other.nodes) for other in joining):
-            yield each.input, each.output
+        return [(block.input.name or "", block.output.name or "") for block in found]
 
 
 def importance_without_data(

@@ -93,3 +93,73 @@ def _drawn(series: Series, xs: _Axis, ys: _Axis, colour: str) -> Iterable[str]:
         else:
             radius = 5 if series.mark == "dot" else 2
             yield f'<circle cx="{x}" cy="{y}" r="{radius}" fill="{colour}"/>'
+
+
+# --- panels -----------------------------------------------------------------------------------
+
+_PANEL_WIDTH, _PANEL_HEIGHT = 420, 300
+_NAMES_WIDTH = 150  # to the right of the axes
+_LINE_HEIGHT = 11
+_LONGEST_NAME = 24
+
+
+@dataclass(frozen=True)
+class Line:
+    """A course over time; one that stands out is drawn in colour."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    stands_out: bool
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a row: lines over a common axis, each named at its end."""
+
+    title: str
+    x_label: str
+    lines: Sequence[Line]
+
+
+def panels(rows: Sequence[Sequence[Panel]]) -> str:
+    """Draw rows of panels; returns an SVG document."""
+    width = _PANEL_WIDTH * max(len(row) for row in rows)
+    height = _PANEL_HEIGHT * len(rows)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="10">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    for y, row in enumerate(rows):
+        for x, panel in enumerate(row):
+            place = f"translate({x * _PANEL_WIDTH} {y * _PANEL_HEIGHT})"
+            parts += [f'<g transform="{place}">', *_panel(panel), "</g>"]
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _panel(panel: Panel) -> Iterable[str]:
+    left, right = 48, _PANEL_WIDTH - _NAMES_WIDTH
+    top, bottom = 28, _PANEL_HEIGHT - 40
+    points = [point for line in panel.lines for point in line.points]
+    xs = _Axis([x for x, _ in points], left, right)
+    ys = _Axis([y for _, y in points], bottom, top)
+    yield f'<text x="{left}" y="16" font-weight="bold">{escape(panel.title)}</text>'
+    yield from _grid(xs, ys)
+    yield (
+        f'<text x="{(left + right) / 2}" y="{bottom + 32}" text-anchor="middle">'
+        f"{escape(panel.x_label)}</text>"
+    )
+    ends = sorted(panel.lines, key=lambda line: ys.at(line.points[-1][1]))
+    height = float(top - _LINE_HEIGHT)
+    for line in ends:
+        colour = _COLOURS[0] if line.stands_out else "#9ca3af"
+        places = [(xs.at(x), ys.at(y)) for x, y in line.points]
+        path = " ".join(f"{x},{y}" for x, y in places)
+        yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+        # Names of lines that end close together stand below one another.
+        height = max(height + _LINE_HEIGHT, places[-1][1])
+        name = line.name if len(line.name) <= _LONGEST_NAME else f"…{line.name[-_LONGEST_NAME:]}"
+        yield (
+            f'<text x="{right + 4}" y="{round(height + 3, 1)}" fill="{colour}">{escape(name)}'
+            "</text>"
+        )
