@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphfold import __version__, arguments, cli_auto, cli_finetune, cli_plan, cli_score, guard
+from graphfold import (
+    __version__,
+    arguments,
+    cli_auto,
+    cli_expand,
+    cli_finetune,
+    cli_plan,
+    cli_score,
+    guard,
+)
 from graphfold.errors import GraphfoldError, ModelError, UsageError
 from graphfold.options import (
     DataOption,
@@ -424,6 +433,7 @@ cli_plan.register(app)
 cli_score.register(app)
 cli_auto.register(app)
 cli_finetune.register(app)
+cli_expand.register(app)
 
 
 # Running ----------------------------------------------------------------------------------------

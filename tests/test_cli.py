@@ -80,7 +80,7 @@ def test_nothing_heavy_is_imported_for_help():
 
 
 @pytest.mark.parametrize(
-    "command", ["optimize", "inspect", "verify", "bench", "plan", "score", "finetune"]
+    "command", ["optimize", "inspect", "verify", "bench", "plan", "score", "finetune", "expand"]
 )
 def test_every_command_has_help_with_an_example(run, command):
     code, out, _ = run(command, "--help")
