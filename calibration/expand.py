@@ -12,6 +12,7 @@ checked here.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from graphfold.calibration.factors import (
     random_factors,
 )
 from graphfold.cost import analyze
-from graphfold.errors import ModelError, UsageError
+from graphfold.errors import ModelError, NotExactError, UsageError
 from graphfold.free import most_common_activation
 from graphfold.graph import Graph, attribute, is_op
 from graphfold.linear import conv_axes
@@ -210,6 +211,8 @@ def expand(
         analyze(Graph(each), input_shapes=input_shapes).total
         for each in (folded[0], copy, folded[1])
     ]
+    # Before the training a new bias is zero, and folding leaves it out.
+    biases = sum(each.out_channels for each in done if each.new_bias)
     return Expanded(
         expanded=copy,
         plan=plan,
@@ -219,7 +222,7 @@ def expand(
         convs=tuple(done),
         left=tuple(left),
         macs=(costs[0].macs, costs[1].macs, costs[2].macs),
-        params=(costs[0].params, costs[1].params, costs[2].params),
+        params=(costs[0].params, costs[1].params, costs[0].params + biases),
     )
 
 
@@ -281,7 +284,7 @@ class _Block:
         y = self._conv("expansion", source, factors.expansion, ones, strides=first, pads=pads)
         inner = [y := self._norm("expansion", y)] if self.kind == "inverted" else []
         dilations = [axis.dilation for axis in axes]
-        options = {"strides": second, "dilations": dilations, "group": hidden}
+        options: dict[str, Any] = {"strides": second, "dilations": dilations, "group": hidden}
         y = self._conv("depthwise", y, factors.depthwise, site.kernel, **options)
         if self.kind == "inverted":
             inner.append(y := self._norm("depthwise", y))
@@ -412,20 +415,22 @@ def _check_structure(original: Model, folded: Model) -> None:
 def _operators(graph: Graph) -> Iterator[str]:
     """Each node as a text: operator, shapes of constants, geometry, the tensor that it makes."""
     for node in graph.ir:
-        is_conv = is_op(node, "Conv")
         # A bias more or less is no other structure.
-        inputs = node.inputs[:2] if is_conv else node.inputs
+        inputs = node.inputs[:2] if is_op(node, "Conv") else node.inputs
         shapes = [graph.shape(value) if graph.is_constant(value) else "" for value in inputs]
-        if is_conv:
-            weight = graph.shape(node.inputs[1])
-            assert weight is not None
-            sizes = [size for size in weight[2:] if isinstance(size, int)]
-            known = graph.sizes(node.inputs[0]) or (None,) * len(sizes)
-            axes = conv_axes(node, sizes, known)
-            settings = f"{[(a.stride, a.dilation, a.begin, a.end) for a in axes]}"
-            settings += f" groups {attribute(node, 'group', 1)}"
-        else:
-            settings = ", ".join(sorted(str(each) for each in node.attributes.values()))
         names = [value.name or "" for value in node.outputs]
         made = ", ".join("" if _MARK in name else name for name in names)
-        yield f"{node.op_type} {shapes} {settings} {made}"
+        yield f"{node.op_type} {shapes} {_settings(graph, node)} {made}"
+
+
+def _settings(graph: Graph, node: ir.Node) -> str:
+    """A node's attributes; those of a convolution in one spelling, where they have one."""
+    weight = graph.shape(node.inputs[1]) if is_op(node, "Conv") else None
+    sizes = [size for size in (weight or ())[2:] if isinstance(size, int)]
+    if sizes:
+        known = graph.sizes(node.inputs[0]) or (None,) * len(sizes)
+        with contextlib.suppress(NotExactError):
+            axes = conv_axes(node, sizes, known)
+            numbers = [(axis.stride, axis.dilation, axis.begin, axis.end) for axis in axes]
+            return f"{numbers} {attribute(node, 'group', 1)} groups"
+    return ", ".join(sorted(str(each) for each in node.attributes.values()))
