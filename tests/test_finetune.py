@@ -345,7 +345,7 @@ def _forked(rank, environment, arguments):
 def test_two_processes_train_as_one(files, capfd):
     # Without norms a batch in two shares is the same batch.
     save(load(network(norm=False)), files / "model.onnx")
-    more = ("--no-augment", "--learning-rate", "0.5", "--device", "cpu")
+    more = ("--learning-rate", "0.5", "--device", "cpu")
     with socket.socket() as free_socket:
         free_socket.bind(("127.0.0.1", 0))
         port = free_socket.getsockname()[1]
