@@ -98,7 +98,10 @@ class Annealing(Hooks):
             if self.share <= 0:
                 return tensor
             active: Tensor = activation(tensor)[output]
-            return active if self.share >= 1 else torch.lerp(tensor, active, self.share)
+            if self.share >= 1:
+                return active
+            # Where products are made in bfloat16, a spelled-out function may come out wider.
+            return torch.lerp(tensor, active.to(tensor.dtype), self.share)
 
         return change
 
