@@ -14,7 +14,7 @@ spelled-out hard-swish), which belong to the formula.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,8 @@ class OnnxModule(nn.Module):
     Attributes:
         input_names: what `forward` takes, in this order where it is given tensors.
         output_names: what it returns.
+        changes: functions by tensor name: what a node makes goes through its function before
+            anything reads it.
         depthwise_share: part of a batch, its first images, that gradients of depthwise weights
             are taken of: see `torch_depthwise`. 1.0, the gradient itself, unless it is set.
     """
@@ -100,6 +102,7 @@ class OnnxModule(nn.Module):
         self._state = state
         self._update_statistics = update_statistics
         self.depthwise_share = state.depthwise_share
+        self.changes: dict[str, Callable[[Tensor], Tensor]] = {}
         self._numbers = tensors.numbers
         self._weight_keys = {name: _key(name) for name in tensors.weights}
         self._fixed_keys = {name: _key(name) for name in tensors.fixed}
@@ -117,6 +120,10 @@ class OnnxModule(nn.Module):
     def fixed(self) -> dict[str, Tensor]:
         """Float tensors of the file that are not trained: statistics and parts of formulas."""
         return {name: getattr(self, key) for name, key in self._fixed_keys.items()}
+
+    def maker(self, name: str) -> Call | None:
+        """The node that makes a tensor, None where none of the module's does."""
+        return next((step.call for step in self._steps if name in step.outputs), None)
 
     def readers(self, name: str) -> list[tuple[Call, int]]:
         """The nodes that read a tensor, each with the number of the input where it does."""
@@ -151,6 +158,9 @@ class OnnxModule(nn.Module):
             if isinstance(results, Tensor):
                 results = (results,)
             tensors.update(zip(step.outputs, results, strict=False))
+            for name in step.outputs if self.changes else ():
+                if name in self.changes:
+                    tensors[name] = self.changes[name](tensors[name])
             for name in step.done:
                 tensors.pop(name, None)
         return {name: tensors[name] for name in self.output_names}

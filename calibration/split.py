@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from graphfold.model import Model
 
 HELD_EVERY = 5
-# Of what is held back, every second batch is for repair, where that follows a search: a search picks
-# what the inputs that it looks at like best, so they would call every change of it a loss.
+# Of what is held back, every second batch is for repair, where that follows a search: a search
+# picks what the inputs that it looks at like best, so they would call every change of it a loss.
 _REPAIR_EVERY = 2 * HELD_EVERY
 # More samples make a verdict no finer than searches need.
 MOST_JUDGED = 200

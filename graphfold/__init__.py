@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from graphfold.calibration.auto import AutoResult
     from graphfold.calibration.choosing import QuantizationChoice
     from graphfold.calibration.dataset import Dataset
+    from graphfold.calibration.expand import Expanded
     from graphfold.calibration.finetune import Finetuned
     from graphfold.calibration.latency import LatencyComparison
     from graphfold.calibration.planning import PlanResult
@@ -39,6 +40,7 @@ __all__ = [
     "auto",
     "bench",
     "choose_quantization",
+    "expand",
     "finetune",
     "inspect",
     "make_plan",
@@ -312,6 +314,38 @@ def auto(model: Any, data: Dataset, **options: Any) -> AutoResult:
     from graphfold.optimizer import load_any
 
     return run(load_any(model), data, **options)
+
+
+def expand(
+    model: Any,
+    convs: Sequence[str],
+    *,
+    every: int = 1,
+    skip_first: int = 0,
+    skip_last: int = 0,
+    leave: Sequence[str] = (),
+    **options: Any,
+) -> Expanded:
+    """Convolutions as wider blocks to train, see `graphfold.calibration.expand`.
+
+    Args:
+        model: in any form that `optimize` takes.
+        convs: rules (`k3`, `k3x1`, `expansions`) and names of convolutions.
+        every: of what rules match, the first of so many in a row.
+        skip_first: so many of the first that match are left.
+        skip_last: so many of the last.
+        leave: names of convolutions that stay as they are.
+        options: kind (inverted or linear), ratio, activation, seed, input_shapes.
+
+    Raises:
+        ModelError, UsageError: bad input, or nothing that can be expanded.
+    """
+    from graphfold.calibration.expand import expand as run
+    from graphfold.calibration.expandable import Rules
+    from graphfold.optimizer import load_any
+
+    rules = Rules(tuple(convs), every, skip_first, skip_last, tuple(leave))
+    return run(load_any(model), rules, **options)
 
 
 def finetune(

@@ -20,6 +20,7 @@ from graphfold import (
     __version__,
     arguments,
     cli_auto,
+    cli_expand,
     cli_finetune,
     cli_plan,
     cli_score,
@@ -438,6 +439,7 @@ cli_score.register(app)
 cli_auto.register(app)
 cli_finetune.register(app)
 cli_search.register(app)
+cli_expand.register(app)
 
 
 # Running ----------------------------------------------------------------------------------------

@@ -23,7 +23,9 @@ from graphfold.targets import Targets
 from graphfold.terminal import STDIO
 
 if TYPE_CHECKING:
+    from graphfold.calibration.anneal import Annealing
     from graphfold.calibration.finetune import Finetuned
+    from graphfold.model import Model
     from graphfold.terminal import Terminal
 
 _EXAMPLES = (
@@ -161,6 +163,16 @@ def _finetune(
             help="Add no activations behind merged segments but those that the plan states.",
         ),
     ] = False,
+    anneal: Annotated[
+        str | None,
+        typer.Option(
+            "--anneal",
+            metavar="START:STOP",
+            help="Fade out the activations that the plan removes between these shares of the "
+            "training, as 0.5:0.9; without it they are gone from the beginning.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -228,7 +240,13 @@ def _finetune(
                 free_activations=not no_free_activations,
                 allow_other_model=allow_other_model,
                 checkpoint=partial,
-                header={"data": data, "validation": validation, "labels": not no_labels},
+                header={
+                    "data": data,
+                    "validation": validation,
+                    "labels": not no_labels,
+                    "anneal": anneal,
+                },
+                hooks=None if anneal is None else _annealing(anneal, loaded, plan),
                 group=group,
                 progress=terminal.progress,
             )
@@ -239,6 +257,18 @@ def _finetune(
 def _check_choice(option: str, given: str, known: tuple[str, ...]) -> None:
     if given not in known:
         raise UsageError(f"{option} {given!r} is not known", hint=" or ".join(known))
+
+
+def _annealing(text: str, model: Model, plan: str | None) -> Annealing:
+    from graphfold.calibration.anneal import Annealing
+
+    if plan is None:
+        raise UsageError("--anneal fades out what a plan removes", hint="--plan gives it")
+    try:
+        start, stop = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise UsageError(f"--anneal {text!r} is not START:STOP", hint="as 0.5:0.9") from None
+    return Annealing(model, plan, start, stop)
 
 
 def _write(done: Finetuned, targets: Targets, partial: Path, terminal: Terminal) -> None:

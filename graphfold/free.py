@@ -24,13 +24,14 @@ _PER_CHANNEL = ("PReLU", "PRelu")
 def with_free_activations(graph: Graph, plan: Plan) -> tuple[Plan, int]:
     """A plan with an activation behind each of its merged segments; how many were added.
 
-    Segments that state one, or that the model has one behind, keep it. Short forms are left short.
+    Segments that state one, or that the model has one behind, keep it, and so do those that state
+    `null`. Short forms are left short.
 
     Raises:
         PlanError: the plan does not fit the model.
     """
     sites = find_sites(graph)
-    usual = _most_common(sites.activations)
+    usual = most_common_activation(sites.activations)
     if plan.keep_blocks is not None or plan.act_ind is not None:
         if plan.activation is not None or usual is None:
             return plan, 0
@@ -69,7 +70,8 @@ def with_free_activations(graph: Graph, plan: Plan) -> tuple[Plan, int]:
 
 def _gains_one(segment: ResolvedSegment) -> bool:
     spec = segment.spec
-    return not spec.is_fitted and spec.family != "identity" and spec.activation is None
+    stated = "activation" in spec.model_fields_set
+    return not spec.is_fitted and spec.family != "identity" and not stated
 
 
 def _place(graph: Graph, output: ir.Value) -> ir.Value:
@@ -90,8 +92,11 @@ def _chosen(
     return usual
 
 
-def _most_common(sites: Sequence[ActivationSite]) -> ActivationSite | None:
-    """The first site of the function that most sites have; those per channel fit only some."""
+def most_common_activation(sites: Sequence[ActivationSite]) -> ActivationSite | None:
+    """The network's own function: the first site of the one that most sites have.
+
+    Functions with parameters per channel fit only some tensors and are not it.
+    """
     plain = [site for site in sites if site.kind not in _PER_CHANNEL]
     if not plain:
         return None

@@ -72,7 +72,8 @@ class Segment(_Strict):
     )
     activation: Activation | None = Field(
         default=None,
-        description="free activation after the segment; null where the model has one there",
+        description="free activation after the segment; null where the model has one there, and "
+        "where none is wanted",
     )
     remove_activations: list[TensorName] | None = Field(
         default=None, description="activation sites inside to remove; all of them when left out"

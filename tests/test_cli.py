@@ -80,7 +80,18 @@ def test_nothing_heavy_is_imported_for_help():
 
 
 @pytest.mark.parametrize(
-    "command", ["optimize", "inspect", "verify", "bench", "plan", "score", "finetune", "search"]
+    "command",
+    [
+        "optimize",
+        "inspect",
+        "verify",
+        "bench",
+        "plan",
+        "score",
+        "finetune",
+        "search",
+        "expand",
+    ],
 )
 def test_every_command_has_help_with_an_example(run, command):
     code, out, _ = run(command, "--help")

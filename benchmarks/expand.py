@@ -1,0 +1,193 @@
+"""What training expanded convolutions gains: a small VGG on CIFAR-10, from scratch.
+
+    python benchmarks/expand.py
+
+trains the same network, from the same first weights and by the same recipe, as it is, with its
+inner 3x3 convolutions as inverted residual blocks whose activations fade out, and with them as
+linear blocks. All are folded to one structure, and judged as folded on CIFAR-10's test images.
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import onnx
+import shared_data
+import torch
+from common import markdown, write
+from networks import Network
+
+import graphfold
+from graphfold.calibration.anneal import Annealing
+from graphfold.calibration.capture import run_part
+from graphfold.calibration.expand import Expanded
+from graphfold.calibration.finetune import compare, finetune
+from graphfold.calibration.recipe import Recipe
+from graphfold.calibration.samples import Samples
+from graphfold.cost import analyze
+from graphfold.graph import Graph
+from graphfold.model import Model, load, to_proto
+
+# Width and number of the 3x3 convolutions before each pooling: VGG-11's, an eighth as wide.
+STAGES = ((16, 1), (24, 1), (32, 2), (64, 2), (64, 2))
+# As in the paper: all 3x3 convolutions but the first two and the last.
+RULES: dict[str, Any] = {"convs": ["k3"], "skip_first": 2, "skip_last": 1}
+_WATCHED = 1000  # test images that the curves in the data are of
+VARIANTS = ("plain", "inverted", "linear")
+
+
+def vgg(seed: int) -> onnx.ModelProto:
+    """The network with its first weights, its batch open."""
+    net = Network(32, seed)
+    x = "x"
+    for width, convolutions in STAGES:
+        for _ in range(convolutions):
+            x = net.op("Relu", net.conv_norm(x, width, 3))
+        x = net.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
+    proto = net.model(net.classify(x, 10))
+    del proto.graph.value_info[:]
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+    return proto
+
+
+def cifar(part: str, limit: int | None) -> Samples:
+    """The first pictures of a part, and their classes."""
+    found = []
+    for sample in shared_data.cifar(part):
+        if limit is not None and len(found) == limit:
+            break
+        found.append((sample["input"], sample["labels"]))
+    images = np.concatenate([image for image, _ in found])
+    return Samples.of({"x": images}, np.concatenate([label for _, label in found]))
+
+
+def judge(model: Model, test: Samples) -> tuple[float, float]:
+    """Share of right classes, of all and of the class where it is least, in onnxruntime."""
+    run = run_part(to_proto(model), 1)
+    right = []
+    for positions in test.in_order(100):
+        feed, labels = test.take(positions)
+        assert labels is not None
+        (scores,) = run({name: tensor.numpy() for name, tensor in feed.items()}).values()
+        right.append(scores.argmax(1) == labels.numpy())
+    hits = np.concatenate(right)
+    assert test.labels is not None
+    classes = test.labels.numpy()
+    return float(hits.mean()), min(float(hits[classes == each].mean()) for each in set(classes))
+
+
+def train(variant: str, seed: int, data: tuple[Samples, Samples], options: Any) -> dict[str, Any]:
+    """One training, from first weights to the folded network's accuracy."""
+    network = load(vgg(seed))
+    plain = graphfold.optimize(network, verify=False)
+    expanded: Expanded | None = None
+    hooks = None
+    if variant != "plain":
+        expanded = graphfold.expand(network, kind=variant, ratio=options.ratio, seed=seed, **RULES)
+    if expanded is not None and variant == "inverted":
+        hooks = Annealing(expanded.expanded, expanded.plan, *options.anneal)
+    recipe = Recipe(
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        warmup=1.0 if options.epochs > 1 else 0.0,
+        seed=seed,
+    )
+    started, processor = time.perf_counter(), time.process_time()
+    found = finetune(
+        network if expanded is None else expanded.expanded,
+        data[0],
+        None if expanded is None else expanded.plan,
+        held_out=data[1].subset(range(min(_WATCHED, len(data[1])))),
+        alpha=0,
+        recipe=recipe,
+        hooks=hooks,
+    )
+    seconds, processor = time.perf_counter() - started, time.process_time() - processor
+    accuracy, worst = judge(found.result.folded, data[1])
+    folding = compare(found.result, data[1])
+    costs = [analyze(Graph(each)).total for each in (plain.folded, found.result.folded)]
+    operators = [[node.op_type for node in each.model.graph.node] for each in (plain, found.result)]
+    return {
+        "variant": variant,
+        "seed": seed,
+        "accuracy": accuracy,
+        "worst_class": worst,
+        "loss": found.trained.last.loss,
+        "same_structure": operators[0] == operators[1] and costs[0] == costs[1],
+        "other_class": folding.other_class,
+        "folding_error": folding.error,
+        "macs": costs[1].macs,
+        "training_macs": costs[1].macs if expanded is None else expanded.macs[1],
+        "seconds": seconds,
+        "processor_seconds": processor,
+        "epochs": [epoch.to_json() for epoch in found.trained.epochs],
+    }
+
+
+def table(runs: list[dict[str, Any]], seeds: int) -> str:
+    """Means, spread over the seeds, and gains over plain training from the same first weights."""
+    plain = {run["seed"]: run["accuracy"] for run in runs if run["variant"] == "plain"}
+    rows = []
+    for variant in VARIANTS:
+        own = [run for run in runs if run["variant"] == variant]
+        accuracies = [100 * run["accuracy"] for run in own]
+        gains = [100 * (run["accuracy"] - plain[run["seed"]]) for run in own]
+        spread = f" ± {statistics.stdev(accuracies):.2f}" if seeds > 1 else ""
+        rows.append(
+            [
+                variant,
+                f"{statistics.mean(accuracies):.2f} %{spread}",
+                "" if variant == "plain" else f"{statistics.mean(gains):+.2f}",
+                "" if variant == "plain" else ", ".join(f"{gain:+.2f}" for gain in gains),
+                f"{100 * statistics.mean(run['worst_class'] for run in own):.1f} %",
+                f"{own[0]['training_macs'] / 1e6:.1f} M",
+                f"{own[0]['macs'] / 1e6:.1f} M",
+                "yes" if all(run["same_structure"] for run in own) else "no",
+                str(sum(run["other_class"] for run in own)),
+                f"{statistics.mean(run['processor_seconds'] for run in own):.0f}",
+            ]
+        )
+    columns = [
+        *("training", "test accuracy", "gain", "by seed", "worst class", "MACs in training"),
+        *("MACs folded", "same structure", "other class after folding", "processor s"),
+    ]
+    return markdown(columns, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--samples", type=int, default=10_000, help="to train on")
+    parser.add_argument("--test", type=int, default=10_000, help="to judge on")
+    parser.add_argument("--ratio", type=float, default=6.0)
+    parser.add_argument("--anneal", type=float, nargs=2, default=(0.4, 0.8))
+    parser.add_argument("--learning-rate", type=float, default=0.1)
+    parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--name", default="expand", help="of the results")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    data = cifar("train", options.samples), cifar("test", options.test)
+    runs = []
+    for seed in range(options.seeds):
+        for variant in VARIANTS:
+            runs.append(train(variant, seed, data, options))
+            last = runs[-1]
+            print(seed, variant, f"{100 * last['accuracy']:.2f} %", f"{last['seconds']:.0f} s",
+                  flush=True)  # fmt: skip
+    command = f"python benchmarks/expand.py --seeds {options.seeds} --epochs {options.epochs}"
+    command += f" --samples {options.samples} --test {options.test} --ratio {options.ratio:g}"
+    command += f" --anneal {options.anneal[0]:g} {options.anneal[1]:g}"
+    command += f" --learning-rate {options.learning_rate:g}"
+    command += f" --weight-decay {options.weight_decay:g} --threads {options.threads}"
+    title = "Expanded convolutions on CIFAR-10: a small VGG from scratch, folded to one structure"
+    write(options.name, title, command, table(runs, options.seeds), {"runs": runs})
+
+
+if __name__ == "__main__":
+    main()
