@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from graphfold.calibration.damage import Damage, damage_between, outputs_of
+from graphfold.calibration.judge import Judge, Verdict, outputs_of
 from graphfold.calibration.quantize import Progress, Quantizer, Scheme
 from graphfold.calibration.ranges import Calibration, Feed
 from graphfold.cost import analyze
@@ -55,12 +55,12 @@ class Trial:
 
     Attributes:
         scheme: what was quantized how.
-        damage: on the images to judge on.
+        verdict: on the images to judge on.
         float_share: of the multiply-adds, what stays in float.
     """
 
     scheme: Scheme
-    damage: Damage
+    verdict: Verdict
     float_share: float
 
 
@@ -87,7 +87,7 @@ class QuantizationChoice:
         """The best with nothing left in float."""
         return min(
             (trial for trial in self.trials if not trial.scheme.keep_float),
-            key=lambda trial: trial.damage.value,
+            key=lambda trial: trial.verdict.damage,
         )
 
     @property
@@ -117,18 +117,21 @@ class QuantizationChoice:
             (
                 str(trial.scheme.calibration),
                 ", ".join(trial.scheme.keep_float) or "none",
-                "-" if trial.damage.kl is None else f"{trial.damage.kl:.4f}",
-                "-" if trial.damage.agreement is None else f"{100 * trial.damage.agreement:.1f} %",
-                f"{trial.damage.error:.2e}",
+                f"{trial.verdict.damage:.4g}",
+                _percent(trial.verdict.agreement),
                 f"{100 * trial.float_share:.1f} %",
                 "chosen" if trial == self.trial else "",
             )
             for trial in self.trials
             if set(trial.scheme.keep_float) <= set(self.trial.scheme.keep_float)
         ]
-        columns = ("calibration", "in float", "KL", "agreement", "error", "MACs in float", "")
+        columns = ("calibration", "in float", "damage", "agreement", "MACs in float", "")
         note = f"Against the float network, on {self.images} feeds that were not calibrated on."
         return [make_table("INT8", columns, rows, text_columns=2, note=note)]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def _trial_json(trial: Trial) -> dict[str, Any]:
@@ -139,7 +142,7 @@ def _trial_json(trial: Trial) -> dict[str, Any]:
         "per_channel": scheme.per_channel,
         "keep_float": list(scheme.keep_float),
         "float_share": trial.float_share,
-        **trial.damage.to_json(),
+        **trial.verdict.to_json(),
     }
 
 
@@ -208,7 +211,7 @@ class _Search:
     ) -> None:
         self._quantizer = quantizer
         self._feeds = feeds
-        self._expected = outputs_of(quantizer.model, feeds)
+        self._judge = Judge(outputs_of(quantizer.model, feeds))
         self._largest_share = float_share
         self._deadline = math.inf if time_budget is None else time.monotonic() + time_budget
         self._report = report
@@ -227,13 +230,13 @@ class _Search:
     def chosen(self) -> Trial:
         """The least damage with exactly those operators in float that are worth it."""
         found = [trial for trial in self.trials.values() if trial.scheme.keep_float == self._kept]
-        return min(found, key=lambda trial: trial.damage.value)
+        return min(found, key=lambda trial: trial.verdict.damage)
 
     def measure(self, scheme: Scheme) -> Trial:
         if scheme not in self.trials:
             found = self._quantizer.quantized(scheme)
-            damage = damage_between(self._expected, outputs_of(found, self._feeds))
-            self.trials[scheme] = Trial(scheme, damage, self._share(scheme.keep_float))
+            verdict = self._judge.verdict(outputs_of(found, self._feeds))
+            self.trials[scheme] = Trial(scheme, verdict, self._share(scheme.keep_float))
             self._report("measuring INT8", len(self.trials), 0)
         return self.trials[scheme]
 
@@ -245,8 +248,8 @@ class _Search:
             if self.is_late:
                 break
             trial = self.measure(replace(base.scheme, keep_float=names))
-            if trial.damage.value < base.damage.value:
-                found.append((trial.damage.value, number, names))
+            if trial.verdict.damage < base.verdict.damage:
+                found.append((trial.verdict.damage, number, names))
         current = base
         for _, _, names in sorted(found):
             kept = tuple(dict.fromkeys((*current.scheme.keep_float, *names)))
@@ -255,8 +258,8 @@ class _Search:
             if self._share(kept) > self._largest_share or (self.is_late and not is_known):
                 continue
             trial = self.measure(scheme)
-            saved = current.damage.value - trial.damage.value
-            if saved >= _WORTHWHILE * base.damage.value:
+            saved = current.verdict.damage - trial.verdict.damage
+            if saved >= _WORTHWHILE * base.verdict.damage:
                 current = trial
                 self._kept = scheme.keep_float
         if current is not base:
@@ -274,7 +277,7 @@ class _Search:
                 break
             group = tuple(names[start : start + size])
             trial = self.measure(replace(base.scheme, keep_float=group))
-            measured.append((trial.damage.value, start))
+            measured.append((trial.verdict.damage, start))
         worst = [start for _, start in sorted(measured)[:_SPLIT_GROUPS]]
         places = [place for start in worst for place in range(start, start + size)]
         singles = [(name,) for place in places for name in names[place : place + 1]]

@@ -4,22 +4,29 @@ An output of rank two with a class in every column is taken for logits, or for p
 its rows are positive and sum to one: damage is the Kullback-Leibler divergence from the original's
 distribution. Any other output is values: damage is the squared error over the variance of the
 original's values. Either is zero for no change, and small changes in different places nearly add
-up. Of several outputs the mean counts.
+up. Of several outputs the mean counts. Where none is of floating point, damage is the share of the
+integers that differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from graphfold.errors import DataError
+from graphfold.runtime import Runnable, Session
 
-Kind = Literal["logits", "probabilities", "values"]
+if TYPE_CHECKING:
+    from graphfold.model import Model
+
+Kind = Literal["logits", "probabilities", "values", "integers"]
+Outputs = dict[str, NDArray[Any]]
 _SMALLEST = 1e-12
 _SUM_ERROR = 1e-3
 
@@ -29,12 +36,13 @@ class Verdict:
     """What is left of a network's answers, over all samples.
 
     Attributes:
-        damage: mean over samples: nats of divergence, or a share of variance.
+        damage: mean over samples: nats of divergence, a share of variance, or of integers.
         agreement: share of samples with the original's class; None where outputs are values.
         worst_agreement: of the class (the original's) that suffers most, among those with at
             least five samples; None where there is none.
         accuracy: share of samples with the labelled class, where there are labels.
-        psnr: decibels of the values' error against the original's range; None for classes.
+        psnr: decibels of the values' error against the original's range; None for classes and
+            integers.
         max_error: largest error of the outputs over the original's largest value.
     """
 
@@ -46,11 +54,26 @@ class Verdict:
     max_error: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """As a JSON object, without what is not known or not finite."""
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if value is not None and math.isfinite(value)
+        }
 
 
 _FEWEST_OF_A_CLASS = 5
+
+
+def outputs_of(model: Model, feeds: Iterable[Mapping[str, NDArray[Any]]]) -> list[Outputs]:
+    """What a network, as onnxruntime optimizes it, makes of feeds.
+
+    Raises:
+        RunError: onnxruntime cannot run it.
+    """
+    with Runnable(model) as runnable:
+        session = Session(runnable, optimize=True)
+    return [session.run(feed) for feed in feeds]
 
 
 class Judge:
@@ -61,7 +84,7 @@ class Judge:
         labels: classes of all samples in order, where they are known.
 
     Raises:
-        DataError: there are no samples, or no output is of floating point.
+        DataError: there are no samples, or no output holds numbers.
     """
 
     def __init__(
@@ -72,9 +95,11 @@ class Judge:
         if not originals:
             raise DataError("there are no inputs to judge on", hint="give more data")
         self.originals = originals
-        names = [name for name, value in originals[0].items() if value.dtype.kind == "f"]
+        types = {name: value.dtype.kind for name, value in originals[0].items()}
+        names = [name for name, kind in types.items() if kind == "f"]
+        names = names or [name for name, kind in types.items() if kind in "iub"]
         if not names:
-            raise DataError("the model has no output of floating point to judge")
+            raise DataError("the model has no output of numbers to judge")
         self.kinds = {name: _kind([each[name] for each in originals]) for name in names}
         self.labels = labels
         self._scales = {
@@ -103,6 +128,10 @@ class Judge:
         self, name: str, original: NDArray[Any], result: NDArray[Any]
     ) -> NDArray[np.float64]:
         kind = self.kinds[name]
+        if kind == "integers":
+            differ = np.asarray(result != original, np.float64)
+            samples = len(differ) if differ.ndim else 1
+            return np.asarray(differ.reshape(samples, -1).mean(axis=1))
         if kind == "values":
             error = np.asarray(result, np.float64) - original
             samples = len(error) if error.ndim else 1
@@ -122,17 +151,19 @@ class Judge:
     @cached_property
     def classes(self) -> str | None:
         """The output that tells classes apart."""
-        return next((name for name, kind in self.kinds.items() if kind != "values"), None)
+        found = (name for name, kind in self.kinds.items() if kind in ("logits", "probabilities"))
+        return next(found, None)
 
     @cached_property
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Smallest and largest value of every output."""
         return {
             name: (
-                min(float(each[name].min(initial=np.inf)) for each in self.originals),
-                max(float(each[name].max(initial=-np.inf)) for each in self.originals),
+                min((float(each[name].min()) for each in filled), default=np.inf),
+                max((float(each[name].max()) for each in filled), default=-np.inf),
             )
             for name in self.kinds
+            for filled in [[each for each in self.originals if each[name].size]]
         }
 
 
@@ -169,7 +200,8 @@ class Tally:
         judge = self._judge
         largest = max(self._largest_error(name) for name in judge.kinds)
         if judge.classes is None:
-            psnr = min(self._psnr(name) for name in judge.kinds)
+            values = "integers" not in judge.kinds.values()
+            psnr = min(self._psnr(name) for name in judge.kinds) if values else None
             return Verdict(self.damage, None, psnr=psnr, max_error=largest)
         wanted = np.concatenate([each[judge.classes].argmax(axis=1) for each in judge.originals])
         given = np.concatenate(self._given)
@@ -196,6 +228,8 @@ class Tally:
 
 def _kind(outputs: Sequence[NDArray[Any]]) -> Kind:
     first = outputs[0]
+    if first.dtype.kind != "f":
+        return "integers"
     if first.ndim != 2 or first.shape[1] < 2:
         return "values"
     sums = np.concatenate([each.sum(axis=1) for each in outputs])

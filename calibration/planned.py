@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from graphfold.calibration.damage import damage_between, outputs_of
+from graphfold.calibration.judge import Judge, outputs_of
 from graphfold.calibration.quantize import Quantizer, Scheme
 from graphfold.calibration.ranges import DEFAULT_PERCENTILE, Calibration, Feed
 from graphfold.errors import DataError
@@ -55,13 +55,10 @@ def quantize_as_planned(model: Model, settings: Quantize, feeds: Sequence[Feed])
     calibrate, judge = split(feeds)
     quantizer = Quantizer(model, calibrate, [settings.calibration])
     found = quantizer.quantized(scheme_of(settings))
-    damage = damage_between(outputs_of(model, judge), outputs_of(found, judge))
     return Quantized(
         model=found,
         settings=settings,
-        kl=damage.kl,
-        agreement=damage.agreement,
-        error=damage.error,
+        verdict=Judge(outputs_of(model, judge)).verdict(outputs_of(found, judge)),
         calibrated=_images(calibrate),
         judged=_images(judge),
         apart=len(feeds) >= _JUDGED_EVERY,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +29,7 @@ from graphfold.calibration.judge import Verdict
 from graphfold.calibration.snippets import Snippets, amounts
 from graphfold.calibration.split import Split, one_sample, read_split, samples_of
 from graphfold.calibration.workbench import Key, Progress, Workbench, names_of
+from graphfold.calibration.workers import Alone, Judges, Workers
 from graphfold.candidates import find_candidates
 from graphfold.cuts import cut_layout
 from graphfold.errors import UsageError
@@ -124,6 +126,7 @@ def score_model(
     *,
     families: Sequence[Family] = FAMILIES,
     longest: int = MOST_CONVS,
+    jobs: int = 1,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> Score:
@@ -136,7 +139,10 @@ def score_model(
             complete, from which an interrupted run continues. None writes nothing.
         families: what may stand in the places of the network.
         longest: convolutions that a segment may hold.
-        threads: of onnxruntime; 0 for all cores.
+        jobs: processes that measure damage at a time; the table is the same for any number. Where
+            there are several, a program's own file must do nothing when it is imported
+            (`if __name__ == "__main__"`).
+        threads: of onnxruntime, all processes together; 0 for all cores.
         progress: called with (stage, done, total).
 
     Raises:
@@ -163,7 +169,8 @@ def score_model(
     path = None if output is None else output.with_name(f"{output.name}.partial")
     with Journal(path, _journal_header(header, split, found)) as journal:
         continued = len(journal.entries)
-        _measure(bench, split, found, journal, threads, report)
+        with _judges(bench, split, jobs, threads) as judges:
+            _measure(bench, split, found, journal, judges, threads, report)
         rows = [
             ImportanceRow(**each.row.model_dump(exclude_none=True), **entry)
             for each in found
@@ -221,11 +228,20 @@ def _journal_header(
     }
 
 
+def _judges(
+    bench: Workbench, split: Split, jobs: int, threads: int
+) -> nullcontext[Alone] | Workers:
+    if jobs > 1:
+        return Workers(bench, split.held, split.labels, jobs, threads)
+    return nullcontext(Alone(Context(bench, split.held, split.labels, threads=threads)))
+
+
 def _measure(
     bench: Workbench,
     split: Split,
     found: Sequence[Alternative],
     journal: Journal,
+    judges: Judges,
     threads: int,
     progress: Progress,
 ) -> None:
@@ -235,8 +251,6 @@ def _measure(
         return
     # Of all alternatives, measured before or not: moments must be the same as in one run.
     kernels = largest_kernels(found)
-    context = Context(bench, split.held, split.labels, threads=threads)
-    done = len(found) - len(missing)
     for group in _groups(bench, missing, kernels):
         narrow = dict.fromkeys(e.key for e in group if e.replacement.family == "narrow")
         segments = {e.key: kernels[e.key] for e in group if e.replacement.kernel is not None}
@@ -244,10 +258,11 @@ def _measure(
             split.fitted, inner=narrow, segments=segments, threads=threads, progress=progress
         )
         for batch in _batches(group):
-            progress("measuring damage", done, len(found))
-            done += len(batch)
-            journal.add(_entries(bench, context, batch))
+            progress("measuring damage", len(journal.entries), len(found))
+            _submit(bench, judges, batch, journal)
         bench.forget()
+    progress("measuring damage", len(journal.entries), len(found))
+    judges.finish()
 
 
 def _groups(
@@ -270,14 +285,23 @@ def _groups(
     yield group
 
 
-def _entries(bench: Workbench, context: Context, batch: Sequence[Alternative]) -> Mapping[str, Any]:
-    """Rows' figures by name; None for what is too large to be fitted."""
+def _submit(
+    bench: Workbench, judges: Judges, batch: Sequence[Alternative], journal: Journal
+) -> None:
+    """Have a batch measured and its figures written down; None for what is too large to fit."""
     fitted = [each for each in batch if bench.can_fit(each.key, each.replacement)]
-    tallies = context.tallies({}, [(each.key, each.replacement) for each in fitted], None)
-    entries: dict[str, Any] = dict.fromkeys(each.name for each in batch)
-    for each, tally in zip(fitted, tallies, strict=True):
-        entries[each.name] = _entry(bench, each, tally.verdict())
-    return entries
+    for each in fitted:
+        bench.arrays(each.key, each.replacement)
+    # Fits are forgotten before the last of them are judged.
+    errors = [bench.errors.get((each.key, each.replacement)) for each in fitted]
+
+    def done(verdicts: Sequence[Verdict]) -> None:
+        entries: dict[str, Any] = dict.fromkeys(each.name for each in batch)
+        for each, verdict, error in zip(fitted, verdicts, errors, strict=True):
+            entries[each.name] = _entry(verdict, error)
+        journal.add(entries)
+
+    judges.submit([(each.key, each.replacement) for each in fitted], done)
 
 
 def _batches(items: Sequence[Alternative]) -> Iterator[Sequence[Alternative]]:
@@ -285,7 +309,7 @@ def _batches(items: Sequence[Alternative]) -> Iterator[Sequence[Alternative]]:
         yield items[start : start + _BATCH]
 
 
-def _entry(bench: Workbench, each: Alternative, verdict: Verdict) -> Mapping[str, Any]:
+def _entry(verdict: Verdict, unexplained: float | None) -> Mapping[str, Any]:
     """The figures of a row."""
     fields = {
         "value": -min(verdict.damage, _LARGEST_DAMAGE),
@@ -293,7 +317,7 @@ def _entry(bench: Workbench, each: Alternative, verdict: Verdict) -> Mapping[str
         "worst_agreement": verdict.worst_agreement,
         "accuracy": verdict.accuracy,
         "psnr": None if verdict.psnr is None else min(verdict.psnr, _LARGEST_PSNR),
-        "unexplained": bench.errors.get((each.key, each.replacement)),
+        "unexplained": unexplained,
     }
     return {
         name: value for name, value in fields.items() if value is not None and math.isfinite(value)

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 Key = tuple[str, str]
 Progress = Callable[[str, int, int], None]
+Arrays = tuple[NDArray[np.float32], ...]
 
 # Positions of every image that enter the moments: more of one image tell little that is new.
 PER_IMAGE = 48
@@ -119,7 +120,7 @@ class Workbench:
         self._segment_moments: dict[Key, Moments] = {}
         self._largest: dict[Key, tuple[int, ...]] = {}
         self._narrowings: dict[Key, Narrowing] = {}
-        self._fits: dict[tuple[Key, Replacement], tuple[NDArray[np.float32], ...]] = {}
+        self._fits: dict[tuple[Key, Replacement], Arrays] = {}
         self._last: tuple[Key, tuple[int, ...], Moments, Callable[[], Fit]] | None = None
         self.errors: dict[tuple[Key, Replacement], float] = {}
 
@@ -258,7 +259,15 @@ class Workbench:
         gram = self._moments[key].gram
         return kept, *weights_for(gram, weight, bias, kept, columns, ridge=RIDGE)
 
-    def _fit(self, key: Key, replacement: Replacement) -> tuple[NDArray[np.float32], ...]:
+    def arrays(self, key: Key, replacement: Replacement) -> Arrays:
+        """What stands in a place, fitted where it is not yet: all that `build` needs of it."""
+        return () if replacement.family == "identity" else self._fit(key, replacement)
+
+    def take(self, key: Key, replacement: Replacement, arrays: Arrays) -> None:
+        """Use arrays that another workbench of the same network fitted."""
+        self._fits[key, replacement] = arrays
+
+    def _fit(self, key: Key, replacement: Replacement) -> Arrays:
         """Arrays of a replacement in the network's precision, kept once computed."""
         known = self._fits.get((key, replacement))
         if known is not None:
@@ -329,7 +338,7 @@ class Workbench:
         values = graph.values()
         for key, replacement in state.items():
             if replacement.family != "narrow":
-                arrays = () if replacement.family == "identity" else self._fit(key, replacement)
+                arrays = self.arrays(key, replacement)
                 # What was replaced before may stand at this one's ends.
                 source, output = (graph.current(values[name]) for name in key)
                 replace_segment(graph, source, output, self.segments[key], replacement, arrays)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from graphfold.calibration.latency import LatencyComparison
     from graphfold.calibration.planning import PlanResult
     from graphfold.calibration.profile import Profile
+    from graphfold.calibration.score import Score
     from graphfold.fitted import Fit, Fitted
     from graphfold.inspection import Inspection
     from graphfold.measures import LatencyTable
@@ -42,6 +43,7 @@ __all__ = [
     "optimize",
     "profile",
     "quantize",
+    "score",
     "verify",
 ]
 
@@ -261,6 +263,29 @@ def profile(model: Any, output: str | os.PathLike[str] | None = None, **options:
     from graphfold.optimizer import load_any
 
     return profile_model(load_any(model), None if output is None else Path(output), **options)
+
+
+def score(
+    model: Any, data: Dataset, output: str | os.PathLike[str] | None = None, **options: Any
+) -> Score:
+    """Measure a model's importance table, see `graphfold.calibration.score.score_model`.
+
+    Args:
+        model: in any form that `optimize` takes.
+        data: calibration inputs (`graphfold.calibration.dataset.read_dataset`).
+        output: where to write the table; an interrupted run continues from the journal beside it.
+        options: families, longest, jobs, threads, progress.
+
+    Raises:
+        ModelError, DataError, UsageError, OutputError: bad input, or an output that cannot be
+            written.
+    """
+    from pathlib import Path
+
+    from graphfold.calibration.score import score_model
+    from graphfold.optimizer import load_any
+
+    return score_model(load_any(model), data, None if output is None else Path(output), **options)
 
 
 def auto(model: Any, data: Dataset, **options: Any) -> AutoResult:

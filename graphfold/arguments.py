@@ -60,13 +60,22 @@ def shapes(items: Sequence[str] | None) -> dict[str, tuple[int, ...]] | None:
 
 
 def inputs(
-    data: str | None, preprocess: str | None, model: Model, terminal: Terminal
+    data: str | None,
+    preprocess: str | None,
+    model: Model,
+    terminal: Terminal,
+    limit: int | None = None,
 ) -> Iterator[dict[str, NDArray[Any]]] | None:
     """What `--data` names, as feeds; None without it. Doubts about the first feed are warnings."""
     if data is None:
         if preprocess is not None:
             raise UsageError("--preprocess says how --data is prepared, and there is no --data")
+        if limit is not None:
+            raise UsageError("--samples says how much of --data is used, and there is no --data")
         return None
+    if limit is not None:
+        batches = dataset(data, preprocess, model, terminal, limit).batches()
+        return (dict(batch.feed) for batch in batches)
     from graphfold.calibration.data_checks import doubt_values
     from graphfold.calibration.dataset import read_inputs
     from graphfold.specs import model_inputs
@@ -106,8 +115,9 @@ def plan_data(
     terminal: Terminal,
     *,
     trains: bool,
+    limit: int | None = None,
 ) -> list[dict[str, NDArray[Any]]] | None:
-    """All of `--data`, where training or a plan needs it; None where nothing does."""
+    """`--data` up to a limit, where training or a plan needs it; None where nothing does."""
     from graphfold.plan import read_plan
 
     if plan is None or data is None:
@@ -115,7 +125,8 @@ def plan_data(
     stated = read_plan(plan)
     if stated.quantize is None and not stated.is_fitted and not trains:
         return None
-    return [dict(batch.feed) for batch in dataset(data, preprocess, model, terminal).batches()]
+    found = dataset(data, preprocess, model, terminal, limit)
+    return [dict(batch.feed) for batch in found.batches()]
 
 
 @contextlib.contextmanager

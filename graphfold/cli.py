@@ -26,6 +26,7 @@ from graphfold.options import (
     ModelArgument,
     PreprocessOption,
     QuietOption,
+    SamplesOption,
     ShapeOption,
     ToleranceOption,
 )
@@ -139,6 +140,7 @@ def _optimize(
     tolerance: ToleranceOption = None,
     data: DataOption = None,
     preprocess: PreprocessOption = None,
+    samples: SamplesOption = None,
     distill: DistillOption = None,
     input_shape: ShapeOption = None,
     allow_other_model: Annotated[
@@ -213,9 +215,11 @@ def _optimize(
         loaded = load(arguments.source(model))
         load_seconds = time.perf_counter() - started
         feeds = arguments.plan_data(
-            plan, data, preprocess, loaded, terminal, trains=distill is not None
+            plan, data, preprocess, loaded, terminal, trains=distill is not None, limit=samples
         )
-        inputs = feeds[:1] if feeds else arguments.inputs(data, preprocess, loaded, terminal)
+        inputs = (
+            feeds[:1] if feeds else arguments.inputs(data, preprocess, loaded, terminal, samples)
+        )
         result = graphfold.optimize(
             loaded,
             plan,

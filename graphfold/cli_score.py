@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +13,11 @@ from graphfold.errors import UsageError
 from graphfold.options import (
     DataOption,
     DebugOption,
+    JobsOption,
     JsonOption,
     PreprocessOption,
     QuietOption,
+    SamplesOption,
 )
 from graphfold.terminal import STDIO, check_output
 
@@ -74,12 +77,7 @@ def _score(
     ] = None,
     data: DataOption = None,
     preprocess: PreprocessOption = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            "--samples", metavar="N", min=1, help="Use the first N inputs.", show_default=False
-        ),
-    ] = None,
+    samples: SamplesOption = None,
     method: Annotated[
         str,
         typer.Option(
@@ -106,6 +104,7 @@ def _score(
             help="With --data: convolutions that a segment may hold to be replaced as one.",
         ),
     ] = 4,
+    jobs: JobsOption = 1,
     out: Annotated[
         str | None,
         typer.Option(
@@ -120,7 +119,9 @@ def _score(
     del debug
     if source is None:
         _check_published(baseline, value)
-        _measure(model, data, preprocess, samples, method, families, longest, out, as_json, quiet)
+        source_of_inputs = (data, preprocess, samples)
+        options = {"longest": longest, "jobs": jobs}
+        _measure(model, source_of_inputs, method, families, options, out, as_json, quiet)
         return
     if data is not None:
         raise UsageError("--import and --data contradict each other", hint="give one of them")
@@ -154,16 +155,15 @@ def _check_published(baseline: float | None, value: str | None) -> None:
 
 def _measure(
     model: str | None,
-    data: str | None,
-    preprocess: str | None,
-    samples: int | None,
+    source: tuple[str | None, str | None, int | None],
     method: str,
     families: str,
-    longest: int,
+    options: Mapping[str, int],
     out: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
+    data, preprocess, samples = source
     if data is None or model is None:
         raise UsageError(
             "score what?",
@@ -185,7 +185,7 @@ def _measure(
             arguments.dataset(data, preprocess, loaded, terminal, samples),
             output,
             families=chosen,
-            longest=longest,
+            **options,
             progress=terminal.progress,
         )
         terminal.close()

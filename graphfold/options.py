@@ -68,6 +68,15 @@ SamplesOption = Annotated[
         show_default=False,
     ),
 ]
+JobsOption = Annotated[
+    int,
+    typer.Option(
+        "--jobs",
+        metavar="N",
+        min=1,
+        help="With --data: processes that measure at a time; the result is the same for any N.",
+    ),
+]
 DtypeOption = Annotated[
     str,
     typer.Option(

@@ -15,6 +15,7 @@ from graphfold.errors import UsageError
 from graphfold.tables import Table, make_table
 
 if TYPE_CHECKING:
+    from graphfold.calibration.judge import Verdict
     from graphfold.model import Model
     from graphfold.plan import Plan, Quantize
 
@@ -26,10 +27,7 @@ class Quantized:
     Attributes:
         model: the network.
         settings: what the plan asked for.
-        kl: KL divergence to the float network's classes in nats, mean over images; None where
-            no output is of classes.
-        agreement: share of images with the same first class; None likewise.
-        error: squared error of all outputs over their variance.
+        verdict: against the float network.
         calibrated, judged: numbers of images.
         apart: whether no image was both calibrated on and judged on.
         weight_bytes: of the constants before and after.
@@ -37,9 +35,7 @@ class Quantized:
 
     model: Model
     settings: Quantize
-    kl: float | None
-    agreement: float | None
-    error: float
+    verdict: Verdict
     calibrated: int
     judged: int
     apart: bool
@@ -49,9 +45,7 @@ class Quantized:
         """Part of the JSON document of `optimize --json`."""
         return {
             **self.settings.model_dump(mode="json", exclude_none=True),
-            "kl": self.kl,
-            "agreement": self.agreement,
-            "error": self.error,
+            **self.verdict.to_json(),
             "calibrated_on": self.calibrated,
             "judged_on": self.judged,
             "judged_apart": self.apart,
@@ -64,14 +58,13 @@ class Quantized:
         how: str = settings.calibration
         if settings.percentile is not None:
             how += f" {settings.percentile:g}"
-        agreement = None if self.agreement is None else f"{100 * self.agreement:.1f} %"
+        share = self.verdict.agreement
         rows = [
             ("calibration", f"{how}, {self.calibrated} images"),
             ("weights", "a scale per channel" if settings.per_channel else "one scale each"),
             ("left in float", str(len(settings.keep_float))),
-            ("agreement with float", agreement),
-            ("KL to float", tables.error(self.kl)),
-            ("squared error, of variance", tables.error(self.error)),
+            ("agreement with float", None if share is None else f"{100 * share:.1f} %"),
+            ("damage against float", tables.error(self.verdict.damage)),
             ("weights and constants before", tables.size(self.weight_bytes[0])),
             ("after", tables.size(self.weight_bytes[1])),
         ]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from graphfold.calibration import choosing
 from graphfold.calibration.choosing import QuantizationChoice, choose_quantization
-from graphfold.calibration.damage import damage_between, outputs_of
+from graphfold.calibration.judge import Judge, outputs_of
 from graphfold.calibration.planned import scheme_of
 from graphfold.calibration.ranges import Calibration
 from graphfold.errors import DataError
@@ -52,15 +52,15 @@ def test_the_operator_that_hurts_is_left_in_float() -> None:
     assert found.complete
     assert {"wide", "narrow"} <= set(found.trial.scheme.keep_float)
     assert "large" not in found.trial.scheme.keep_float
-    assert found.trial.damage.value < 0.5 * found.plain.damage.value
+    assert found.trial.verdict.damage < 0.5 * found.plain.verdict.damage
     assert found.trial.float_share <= 0.6
 
 
 def test_the_model_is_the_one_that_was_measured() -> None:
     found = choose()
     judge = list(feeds(40, 1))
-    damage = damage_between(outputs_of(load(fragile()), judge), outputs_of(found.model, judge))
-    assert damage == found.trial.damage
+    verdict = Judge(outputs_of(load(fragile()), judge)).verdict(outputs_of(found.model, judge))
+    assert verdict == found.trial.verdict
     assert scheme_of(found.settings).keep_float == found.trial.scheme.keep_float
     assert scheme_of(found.settings).calibration == Calibration("minmax")
 
@@ -73,7 +73,7 @@ def test_nothing_stays_in_float_where_nothing_may() -> None:
     found = choose(float_share=0.0)
     assert len(found.trials) == len(FEW)
     assert found.trial == found.plain
-    assert found.trial.damage.value == min(trial.damage.value for trial in found.trials)
+    assert found.trial.verdict.damage == min(trial.verdict.damage for trial in found.trials)
 
 
 def test_no_more_than_the_share_stays_in_float() -> None:
@@ -105,16 +105,15 @@ def test_a_report_shows_what_was_measured() -> None:
 
 
 def test_classes_are_judged_by_divergence_others_by_error() -> None:
-    assert choose(float_share=0.0).trial.damage.kl is None
+    assert choose(float_share=0.0).trial.verdict.agreement is None
     build = ModelBuilder((1, 3, 12, 12))
     x = build.op("Flatten", build.op("Relu", build.conv("x", 4, 3, out="only")))
     weight = build.constant(build.rng.standard_normal((400, 6)) / 5)
     model = load(build.model(build.op("MatMul", x, weight, out="y")))
-    damage = choose_quantization(model, feeds(4, 0), feeds(20, 1), calibrations=FEW).trial.damage
-    assert damage.kl is not None
-    assert damage.agreement is not None
-    assert 0 < damage.value == damage.kl < 0.1
-    assert damage.agreement > 0.8
+    verdict = choose_quantization(model, feeds(4, 0), feeds(20, 1), calibrations=FEW).trial.verdict
+    assert verdict.agreement is not None
+    assert 0 < verdict.damage < 0.1
+    assert verdict.agreement > 0.8
 
 
 def test_images_are_needed() -> None:

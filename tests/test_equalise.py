@@ -11,8 +11,8 @@ from builders import ModelBuilder, run
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from graphfold.calibration.damage import damage_between, outputs_of
 from graphfold.calibration.equalise import equalise, ranges_table, weight_ranges
+from graphfold.calibration.judge import Judge, outputs_of
 from graphfold.calibration.quantize import quantize
 from graphfold.model import load, to_proto
 
@@ -61,7 +61,7 @@ def test_ranges_are_narrower_and_quantize_better() -> None:
     images = [feed(seed) for seed in range(8)]
     judge = [feed(100)]
     errors = [
-        damage_between(outputs_of(model, judge), outputs_of(quantize(each, images), judge)).error
+        Judge(outputs_of(model, judge)).verdict(outputs_of(quantize(each, images), judge)).damage
         for each in (model, found)
     ]
     assert errors[1] < errors[0] / 4

@@ -83,8 +83,8 @@ def test_of_several_outputs_the_mean_counts():
 def test_nothing_to_judge():
     with pytest.raises(DataError, match="no inputs"):
         Judge([])
-    with pytest.raises(DataError, match="floating point"):
-        Judge([{"y": np.array([1, 2])}])
+    with pytest.raises(DataError, match="no output of numbers"):
+        Judge([{"y": np.array(["cat", "dog"])}])
 
 
 def test_a_tally_says_feed_by_feed_what_all_results_say_together():
@@ -102,3 +102,22 @@ def test_a_tally_says_feed_by_feed_what_all_results_say_together():
     assert tally.verdict().agreement == joined.agreement
     assert tally.verdict().accuracy == joined.accuracy
     assert tally.verdict().max_error == pytest.approx(joined.max_error)
+
+
+def test_integers_are_judged_where_there_is_nothing_else():
+    one = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+    two = np.array([[1, 2, 3, 0], [5, 6, 7, 8]])
+    judge = Judge([{"y": one}])
+    assert judge.kinds == {"y": "integers"}
+    verdict = judge.verdict([{"y": two}])
+    assert verdict.damage == 1 / 8
+    assert verdict.agreement is None
+    assert verdict.psnr is None
+    assert Judge([{"y": one, "z": one.astype(np.float32)}]).outputs == ["z"]
+
+
+def test_what_is_not_finite_is_left_out_of_a_document():
+    values = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    verdict = Judge([{"y": values}]).verdict([{"y": values}])
+    assert verdict.psnr == np.inf
+    assert verdict.to_json() == {"damage": 0.0, "max_error": 0.0}

@@ -13,7 +13,7 @@ from builders import ModelBuilder, run
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from graphfold.calibration.damage import damage_between, outputs_of
+from graphfold.calibration.judge import Judge, outputs_of
 from graphfold.calibration.quantize import Scheme, quantize
 from graphfold.calibration.ranges import Calibration, Statistics
 from graphfold.errors import DataError, ModelError, PlanError, UsageError
@@ -45,7 +45,7 @@ def counts(model: Model) -> Counter[str]:
 
 def error(model: Model, found: Model) -> float:
     judge = list(feeds(seed=1))
-    return damage_between(outputs_of(model, judge), outputs_of(found, judge)).error
+    return Judge(outputs_of(model, judge)).verdict(outputs_of(found, judge)).damage
 
 
 @pytest.mark.parametrize("calibration", ["minmax", "percentile", "entropy"])
@@ -138,7 +138,7 @@ def test_a_clip_that_leaves_zero_out_is_still_a_clip() -> None:
     found = quantize(model, images)
     assert counts(found)["Clip"] == 1
     judge = [{"x": feed["x"][:1]} for feed in feeds(seed=1)]
-    assert damage_between(outputs_of(model, judge), outputs_of(found, judge)).error < 0.02
+    assert Judge(outputs_of(model, judge)).verdict(outputs_of(found, judge)).damage < 0.02
 
 
 def test_a_clip_at_six_goes_into_the_scale() -> None:

@@ -53,13 +53,27 @@ def test_the_command_folds_quantizes_and_reports(
     assert found["calibration"] == "minmax"
     assert found["keep_float"] == ["last"]
     assert found["agreement"] > 0.8
-    assert 0 < found["kl"] < 0.05
+    assert 0 < found["damage"] < 0.05
     assert (found["calibrated_on"], found["judged_on"], found["judged_apart"]) == (64, 16, True)
     assert found["weight_bytes"]["after"] < found["weight_bytes"]["before"]
     assert counts(load(out))["QuantizeLinear"]
     assert "agreement with float" in page.read_text()
     # Figures of the network are of what was folded: INT8 neither adds nor merges operators.
     assert "QuantizeLinear" not in document["ops"]
+
+
+def test_no_more_samples_are_used_than_asked_for(
+    model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["optimize", str(model), "--samples", "32", "--dry-run", "--json"]
+    plan = written(tmp_path, calibration="minmax")
+    assert main([*arguments, "--data", str(data), "--plan", str(plan)]) == 0
+    found = json.loads(capfd.readouterr().out)["quantized"]
+    assert found["calibrated_on"] + found["judged_on"] == 32
+    assert main([*arguments, "--data", str(data)]) == 0
+    assert json.loads(capfd.readouterr().out)["verification"]["passed"] is True
+    assert main(arguments) == 2
+    assert "there is no --data" in json.loads(capfd.readouterr().out)["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from builders import ModelBuilder, op_types, run
 from fake_timer import faked, network
 
 import graphfold
-from graphfold.calibration import fitted_rows, score
+from graphfold.calibration import fitted_rows, score, workers
 from graphfold.calibration.dataset import read_dataset
 from graphfold.calibration.families import FAMILIES, check_families
 from graphfold.calibration.judge import Judge
@@ -23,7 +25,7 @@ from graphfold.calibration.score import Score, score_model
 from graphfold.calibration.split import read_split
 from graphfold.calibration.workbench import Replacement, Workbench
 from graphfold.cli import main
-from graphfold.errors import DataError, UsageError
+from graphfold.errors import DataError, GraphfoldError, UsageError
 from graphfold.measures import ImportanceRow, read_importance, read_latency, write_table
 from graphfold.model import adopt, load, to_proto
 from graphfold.specs import model_inputs
@@ -232,6 +234,48 @@ def test_the_same_data_give_the_same_table(model, inputs, tmp_path):
         scored(model, inputs, path)
     assert without_dates(paths[0]) == without_dates(paths[1])
     assert len(read_importance(paths[0]).rows) > 10
+
+
+# Several processes ----------------------------------------------------------------------------
+
+
+def test_any_number_of_processes_makes_the_same_table(model, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "_BATCH", 3)
+    paths = [tmp_path / "one.json", tmp_path / "two.json"]
+    scored(model, inputs, paths[0])
+    data = read_dataset(str(inputs), model_inputs(load(model)))
+    found = graphfold.score(str(model), data, paths[1], jobs=2)
+    assert without_dates(paths[0]) == without_dates(paths[1])
+    assert read_importance(paths[1]) == found.table
+    assert not multiprocessing.active_children()
+
+
+def test_what_several_processes_measured_is_continued_by_one(model, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "_BATCH", 3)
+    whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
+    scored(model, inputs, whole)
+
+    def kill(stage, done, total):
+        del total
+        if stage == "measuring damage" and done >= 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        scored(model, inputs, parts, jobs=2, progress=kill)
+    assert not multiprocessing.active_children()
+    found = scored(model, inputs, parts)
+    assert found.continued >= 6
+    check_same(read_importance(parts).rows, read_importance(whole).rows)
+
+
+def die(task):
+    os._exit(1)
+
+
+def test_a_worker_that_dies_is_told(model, inputs, monkeypatch):
+    monkeypatch.setattr(workers, "_measure", die)
+    with pytest.raises(GraphfoldError, match="a worker process ended"):
+        scored(model, inputs, families=("identity",), jobs=2)
 
 
 # Plans ----------------------------------------------------------------------------------------
