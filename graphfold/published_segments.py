@@ -133,7 +133,7 @@ def import_importance(
         header=header.model_copy(update={"model": reference}),
     )
     pairs = {(row.input, row.output) for row in table.rows}
-    rows = (*table.rows, *(_join_rows(candidates, pairs) if no_change else ()))
+    rows = (*table.rows, *(join_rows(candidates, pairs) if no_change else ()))
     table = table.model_copy(update={"no_change": no_change, "rows": rows})
     return Imported(table, str(path), chosen, names.first, (len(pairs), len(names.segments)))
 
@@ -146,7 +146,7 @@ def _checked(score: str) -> Score:
     raise UsageError(f"the score {score!r} is not known", hint=near)
 
 
-def _join_rows(candidates: Candidates, pairs: set[tuple[str, str]]) -> list[ImportanceRow]:
+def join_rows(candidates: Candidates, pairs: set[tuple[str, str]]) -> list[ImportanceRow]:
     """Joins of branches are worth nothing by themselves: the published sums do not count them."""
     rows = [step.row() for step in cut_layout(candidates).steps if step.joins]
     return [
