@@ -112,7 +112,7 @@ def import_importance(
     """
     if score is None:
         score = "exp-accuracy" if layer_merge_form(path) else "accuracy"
-    chosen: Score = _checked(score)
+    chosen: Score = check_score(score)
     no_change = 0.0 if chosen == "accuracy" else 1.0
     header = ImportanceHeader(created_by=f"graphfold {__version__}", method=f"import {chosen}")
     if model is None:
@@ -138,7 +138,8 @@ def import_importance(
     return Imported(table, str(path), chosen, names.first, (len(pairs), len(names.segments)))
 
 
-def _checked(score: str) -> Score:
+def check_score(score: str) -> Score:
+    """What importances are, by its name; UsageError where there is no such thing."""
     for known in get_args(Score):
         if score == known:
             return known  # type: ignore[no-any-return]
