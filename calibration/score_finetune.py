@@ -54,7 +54,6 @@ _BATCH_OF_MANY, _BATCH_OF_FEW = 256, 128
 _FEWEST = 16
 _SHOWN = 12
 _ORIGINAL = Trial(None)
-_JOURNALED_WITHOUT = {"created": True, "model": {"name"}}
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ def score_by_finetuning(
     path = None if output is None else output.with_name(f"{output.name}.partial")
     about = {
         "graphfold_score_finetune": 1,
-        **header.model_dump(mode="json", exclude=_JOURNALED_WITHOUT),
+        **header.model_dump(mode="json", exclude={"created": True, "model": {"name"}}),
         "scheme": chosen,
         "compat": compat,
         "work": work.key,
@@ -405,9 +404,12 @@ class _Figures:
         found = outcome.held_out
         if found is None:
             return ImportanceRow(**fields, value=self._value(None)) if outcome.diverged else None
-        shares = {"accuracy": found.accuracy, "agreement": found.agreement}
-        known = {name: share for name, share in shares.items() if share is not None}
-        return ImportanceRow(**fields, value=self._value(found), **known)
+        return ImportanceRow(
+            **fields,
+            value=self._value(found),
+            accuracy=found.accuracy,
+            agreement=found.agreement,
+        )
 
     def _value(self, found: Evaluation | None) -> float:
         if self.kind == "exp-loss":

@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _DASK = "dask://"
-_CONNECT_SECONDS = 20
+_CONNECT_SECONDS = 10
 _WATCH_SECONDS = 1.0
 
 
@@ -39,9 +39,7 @@ def check_executor(executor: str | None) -> None:
     needed = {"joblib": "torch"} | ({} if executor is None else {"distributed": "scale"})
     for name, extra in needed.items():
         if find_spec(name) is None:
-            raise UsageError(
-                f"{name} is not installed", hint=f"pip install 'graphfold[{extra}]'"
-            )
+            raise UsageError(f"{name} is not installed", hint=f"pip install 'graphfold[{extra}]'")
 
 
 def spread(
@@ -111,12 +109,15 @@ def _backend(shared: Any, executor: str | None) -> Iterator[Any]:
     if executor is None:
         yield None
         return
-    from distributed import Client
+    import distributed
     from joblib._dask import DaskDistributedBackend
 
     address = executor.removeprefix(_DASK)
+    client: Any
     try:
-        client = Client(f"tcp://{address}", timeout=_CONNECT_SECONDS, set_as_default=False)
+        client = distributed.Client(
+            f"tcp://{address}", timeout=_CONNECT_SECONDS, set_as_default=False
+        )
     except (OSError, ValueError) as error:
         raise UsageError(
             f"no Dask scheduler answers at {address}", hint="start one with `dask scheduler`"

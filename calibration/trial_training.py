@@ -8,6 +8,7 @@ any machines of one kind, makes the same table, and so does a run that was kille
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -154,7 +155,6 @@ class _Bench:
 
     work: Work
     model: Model
-    graph: Graph
     train: Samples
     held_out: Samples
     group: Group
@@ -168,16 +168,19 @@ class _Bench:
 
 
 _ready: list[_Bench] = []
+# Workers of a cluster may have several threads.
+_making_ready = threading.Lock()
 
 
 def _bench_of(work: Work) -> _Bench:
     """Ready from an earlier trial, or made now; one at a time is kept."""
-    if not _ready or _ready[0].work.key != work.key:
-        model = load(work.model.tobytes())
-        device = work.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        parts = [part.samples(work.fixed) for part in (work.train, work.held_out)]
-        _ready[:] = [_Bench(work, model, Graph(model), parts[0], parts[1], Group(device=device))]
-    return _ready[0]
+    with _making_ready:
+        if not _ready or _ready[0].work.key != work.key:
+            model = load(work.model.tobytes())
+            device = work.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            train, held_out = (part.samples(work.fixed) for part in (work.train, work.held_out))
+            _ready[:] = [_Bench(work, model, train, held_out, Group(device=device))]
+        return _ready[0]
 
 
 def forget() -> None:
@@ -199,7 +202,7 @@ def _one_thread() -> Iterator[None]:
 def _outcome(bench: _Bench, trial: Trial) -> Outcome:
     recipe = replace(bench.work.recipe, seed=trial.seed(bench.work.recipe.seed))
     try:
-        student = changed_network(bench.model, trial, recipe.seed, graph=bench.graph)
+        student = changed_network(bench.model, trial, recipe.seed)
     except PlanError:
         return Outcome()
     pair = bench.pair(student)
@@ -229,14 +232,13 @@ def _outcome(bench: _Bench, trial: Trial) -> Outcome:
 # --- networks ---------------------------------------------------------------------------------
 
 
-def changed_network(model: Model, trial: Trial, seed: int, *, graph: Graph | None = None) -> Model:
+def changed_network(model: Model, trial: Trial, seed: int) -> Model:
     """The reference network of a trial, with nothing merged, ready to be trained.
 
     Args:
         model: the original; not changed.
         trial: what becomes of it.
         seed: of random weights.
-        graph: of the model, where it is at hand.
 
     Raises:
         PlanError: the change cannot be folded.
@@ -246,7 +248,7 @@ def changed_network(model: Model, trial: Trial, seed: int, *, graph: Graph | Non
         student = untie(model)
     else:
         if trial.gains_activation:
-            plan, _ = with_free_activations(graph or Graph(model), plan)
+            plan, _ = with_free_activations(Graph(model), plan)
         plan = hoist_where_needed(model, plan)
         student = untie(build_reference(model, plan, select_passes()).model)
     if trial.reset:

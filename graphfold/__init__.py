@@ -282,8 +282,8 @@ def score(
         output: where to write the table; an interrupted run continues from the journal beside it.
         method: `regress` measures fitted replacements; `finetune` trains each changed network for
             a while, see `graphfold.calibration.score_finetune.score_by_finetuning`.
-        options: families, longest, jobs, threads, progress; with `finetune` scheme, value, subset,
-            epochs, batch_size, learning_rate, alpha, seed, compat, jobs, executor, device, progress.
+        options: families, longest, jobs, threads, progress; with `finetune` jobs, progress, scheme,
+            value, subset, epochs, batch_size, learning_rate, alpha, seed, compat, executor, device.
 
     Raises:
         ModelError, DataError, UsageError, OutputError: bad input, or an output that cannot be
