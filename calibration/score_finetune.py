@@ -182,7 +182,7 @@ def score_by_finetuning(
     kind = None if value is None else check_score(value)
     report = progress or _no_progress
     report("reading data", 0, 0)
-    sizes = _Sizes(subset, epochs, batch_size)
+    sizes = Sizes(subset, epochs, batch_size)
     report("looking for candidates", 0, 0)
     candidates = find_candidates(Graph(model))
     found = find_trials(candidates, cut_layout(candidates), chosen, compat=compat)
@@ -190,7 +190,7 @@ def score_by_finetuning(
         raise UsageError(
             "the model has no convolution that may go by itself", hint="--scheme layermerge"
         )
-    work = _work(model, data, sizes, learning_rate, alpha, seed, device)
+    work = make_work(model, data, sizes, learning_rate, alpha, seed, device)
     header = ImportanceHeader(
         created_by=f"graphfold {__version__}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -257,7 +257,7 @@ def _jobs(device: str | None) -> int:
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """How much is trained, where it was said; else as in the papers."""
 
     subset: int | None
@@ -294,15 +294,20 @@ class _Sizes:
         )
 
 
-def _work(
+def make_work(
     model: Model,
     data: Dataset,
-    sizes: _Sizes,
+    sizes: Sizes,
     learning_rate: float,
     alpha: float,
     seed: int,
     device: str | None,
 ) -> Work:
+    """The samples of all trials, drawn by the seed, and how they are trained.
+
+    Raises:
+        as `score_by_finetuning`.
+    """
     from graphfold.calibration.samples import Samples
     from graphfold.calibration.trial_training import Part, Work, check_work
 
