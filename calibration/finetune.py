@@ -96,6 +96,9 @@ class Finetuned:
     def to_json(self) -> dict[str, Any]:
         """The document of `graphfold finetune --json`."""
         return {
+            "plan": None
+            if self.plan is None
+            else self.plan.model_dump(mode="json", exclude_unset=True),
             "recipe": self.recipe.to_json(),
             "alpha": self.objective.alpha,
             "temperature": self.objective.temperature,

@@ -301,6 +301,10 @@ def test_a_killed_command_goes_on_to_the_same_bytes(files, monkeypatch, capfd):
     document = json.loads(capfd.readouterr().out)
     assert [epoch["epoch"] for epoch in document["epochs"]] == [0, 1, 2]
     assert document["folding"]["other_class"] == 0
+    assert [segment["activation"]["like"] for segment in document["plan"]["segments"]] == [
+        "deep0",
+        "deep1",
+    ]
     assert not (files / "tuned.onnx.partial").exists()
     assert sum(n.op_type == "Conv" for n in onnx.load(files / "reference.onnx").graph.node) == 7
 
@@ -341,7 +345,7 @@ def _forked(rank, environment, arguments):
 def test_two_processes_train_as_one(files, capfd):
     # Without norms a batch in two shares is the same batch.
     save(load(network(norm=False)), files / "model.onnx")
-    more = ("--no-augment", "--learning-rate", "0.5", "--device", "cpu")
+    more = ("--learning-rate", "0.5", "--device", "cpu")
     with socket.socket() as free_socket:
         free_socket.bind(("127.0.0.1", 0))
         port = free_socket.getsockname()[1]
