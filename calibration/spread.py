@@ -113,11 +113,9 @@ def _backend(shared: Any, executor: str | None) -> Iterator[Any]:
     from joblib._dask import DaskDistributedBackend
 
     address = executor.removeprefix(_DASK)
-    client: Any
+    connect: Any = distributed.Client
     try:
-        client = distributed.Client(
-            f"tcp://{address}", timeout=_CONNECT_SECONDS, set_as_default=False
-        )
+        client = connect(f"tcp://{address}", timeout=_CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"no Dask scheduler answers at {address}", hint="start one with `dask scheduler`"
