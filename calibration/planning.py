@@ -8,7 +8,6 @@ more is given up for it than needed.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from graphfold.calibration.latency import LARGEST_SPREAD, ModelLatency, compare
 from graphfold.calibration.timing import as_timed
-from graphfold.errors import BudgetError, PlanError, Problem, UsageError
+from graphfold.errors import BudgetError, UsageError
+from graphfold.hoisting import hoist_where_needed
 from graphfold.importance import DataFree
 from graphfold.measures import ImportanceTable, LatencyTable, read_importance, read_latency
 from graphfold.methods import Method, Pieces
@@ -24,6 +24,8 @@ from graphfold.model import digest
 from graphfold.plan import ModelReference, Plan
 from graphfold.planner import Planning, Point, is_measured, prepare, spread_over
 from graphfold.plot import Series, scatter
+from graphfold.reference import build_reference
+from graphfold.rewrite import select_passes
 from graphfold.shared_choices import shared_choices
 from graphfold.solver import Solution
 from graphfold.tables import Table, make_table
@@ -265,12 +267,6 @@ def _no_progress(stage: str, done: int, total: int) -> None:
     del stage, done, total
 
 
-def _hoistable(problem: Problem) -> int | None:
-    """The number of the segment that a problem of a plan would be solved for by hoisting."""
-    match = re.fullmatch(r"segments\[(\d+)\]", problem.path)
-    return int(match[1]) if match and "hoist would work" in (problem.hint or "") else None
-
-
 _Chosen = tuple[Solution[Pieces], Plan, float | None]
 
 
@@ -376,31 +372,13 @@ class _Chooser:
         """
         boundary = "exact" if self.boundary == "auto" else self.boundary
         plan = self.planning.plan(solution, budget=budget, boundary=boundary, model=self.reference)
-        refused = self._refused(plan)
-        if not refused:
-            return plan
-        segments = [
-            segment.model_copy(update={"boundary": "hoist"}) if number in refused else segment
-            for number, segment in enumerate(plan.segments)
-        ]
-        return plan.model_copy(update={"segments": segments})
-
-    def _refused(self, plan: Plan) -> set[int]:
-        """Numbers of the segments that need their padding hoisted."""
-        from graphfold.reference import build_reference
-        from graphfold.rewrite import select_passes
-
         if plan.is_fitted:
             # A table of measured damages has no merges; what was measured could be put in place.
-            return set()
-        try:
-            build_reference(self.model, plan, select_passes())
-        except PlanError as error:
-            found = {_hoistable(problem) for problem in error.problems}
-            if self.boundary != "auto" or None in found:
-                raise
-            return {number for number in found if number is not None}
-        return set()
+            return plan
+        if self.boundary == "auto":
+            return hoist_where_needed(self.model, plan)
+        build_reference(self.model, plan, select_passes())
+        return plan
 
     def _measure(self, plan: Plan) -> float:
         """Speedup of the folded network over the model, measured in turns.

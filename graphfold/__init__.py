@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from graphfold.calibration.planning import PlanResult
     from graphfold.calibration.profile import Profile
     from graphfold.calibration.score import Score
+    from graphfold.calibration.score_finetune import FinetuneScore
     from graphfold.calibration.searched import Searched
     from graphfold.fitted import Fit, Fitted
     from graphfold.inspection import Inspection
@@ -276,15 +277,23 @@ def profile(model: Any, output: str | os.PathLike[str] | None = None, **options:
 
 
 def score(
-    model: Any, data: Dataset, output: str | os.PathLike[str] | None = None, **options: Any
-) -> Score:
+    model: Any,
+    data: Dataset,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    method: str = "regress",
+    **options: Any,
+) -> Score | FinetuneScore:
     """Measure a model's importance table, see `graphfold.calibration.score.score_model`.
 
     Args:
         model: in any form that `optimize` takes.
         data: calibration inputs (`graphfold.calibration.dataset.read_dataset`).
         output: where to write the table; an interrupted run continues from the journal beside it.
-        options: families, longest, jobs, threads, progress.
+        method: `regress` measures fitted replacements; `finetune` trains each changed network for
+            a while, see `graphfold.calibration.score_finetune.score_by_finetuning`.
+        options: families, longest, jobs, threads, progress; with `finetune` jobs, progress, scheme,
+            value, subset, epochs, batch_size, learning_rate, alpha, seed, compat, executor, device.
 
     Raises:
         ModelError, DataError, UsageError, OutputError: bad input, or an output that cannot be
@@ -292,10 +301,19 @@ def score(
     """
     from pathlib import Path
 
-    from graphfold.calibration.score import score_model
+    from graphfold.errors import UsageError
     from graphfold.optimizer import load_any
 
-    return score_model(load_any(model), data, None if output is None else Path(output), **options)
+    loaded, path = load_any(model), None if output is None else Path(output)
+    if method == "finetune":
+        from graphfold.calibration.score_finetune import score_by_finetuning
+
+        return score_by_finetuning(loaded, data, path, **options)
+    if method != "regress":
+        raise UsageError(f"the method {method!r} is not known", hint="regress or finetune")
+    from graphfold.calibration.score import score_model
+
+    return score_model(loaded, data, path, **options)
 
 
 def auto(model: Any, data: Dataset, **options: Any) -> AutoResult:

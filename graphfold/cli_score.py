@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,11 +23,20 @@ from graphfold.terminal import STDIO, check_output
 
 _EXAMPLES = (
     "Examples:\n\ngraphfold score model.onnx --data photos/ --preprocess imagenet "
-    "-o importance.json\n\ngraphfold score model.onnx --import importance.csv --baseline 71.9 "
+    "-o importance.json\n\ngraphfold score model.onnx --method finetune --data train.npz "
     "-o importance.json\n\n"
+    "graphfold score model.onnx --method finetune --scheme depth --data my.data:train "
+    "--subset 5000 --epochs 1 --executor dask://10.0.0.1:8786 -o importance.json\n\n"
+    "graphfold score model.onnx --import importance.csv --baseline 71.9 -o importance.json\n\n"
     "graphfold plan model.onnx --importance importance.json --speedup 1.3 -o plan.json\n\n"
+    "regress needs no training and no labels: minutes, and what `plan` then chooses is fitted, not "
+    "merged. finetune is LayerMerge's equation 4: hours, for plans that are merged and fine-tuned "
+    "(`graphfold finetune`); each changed network is trained for a while on --subset samples, and "
+    "its accuracy measured on as many others. Start with fewer --epochs: each row costs subset x "
+    "epochs samples of training.\n\n"
     "With --data, interrupt it at any time: with the same arguments it continues from OUT.partial."
 )
+_FINETUNE = "With --method finetune"
 
 
 def register(app: typer.Typer) -> None:
@@ -69,9 +78,9 @@ def _score(
         typer.Option(
             "--value",
             metavar="accuracy|exp-accuracy|exp-loss",
-            help="What counts: the accuracy's change in points, exp(change / 100), or "
-            "exp(-change of the loss / baseline). Default: as published, accuracy for Kim et "
-            "al.'s form and exp-accuracy for LayerMerge's.",
+            help="With --import and finetune, what counts: the accuracy's change in points, "
+            "exp(change / 100), or exp(-change of the loss / baseline). Default: as published, "
+            "accuracy for Kim et al.'s form and --scheme depth, else exp-accuracy.",
             show_default=False,
         ),
     ] = None,
@@ -82,9 +91,9 @@ def _score(
         str,
         typer.Option(
             "--method",
-            metavar="regress",
-            help="With --data: fit each change on four fifths of the inputs, and measure what it "
-            "does to the outputs on the others.",
+            metavar="regress|finetune",
+            help="With --data: fit each change on four fifths of the inputs and measure what it "
+            "does to the outputs on the others; or train each changed network for a while.",
         ),
     ] = "regress",
     families: Annotated[
@@ -92,7 +101,7 @@ def _score(
         typer.Option(
             "--families",
             metavar="A,B",
-            help="With --data: what may stand in the places of the network.",
+            help="With regress: what may stand in the places of the network.",
         ),
     ] = "dense,depthwise,pointwise,low_rank,narrow,identity",
     longest: Annotated[
@@ -101,10 +110,109 @@ def _score(
             "--longest",
             metavar="N",
             min=1,
-            help="With --data: convolutions that a segment may hold to be replaced as one.",
+            help="With regress: convolutions that a segment may hold to be replaced as one.",
         ),
     ] = 4,
-    jobs: JobsOption = 1,
+    scheme: Annotated[
+        str,
+        typer.Option(
+            "--scheme",
+            metavar="layermerge|depth|layer-only",
+            help="Which changes: for `plan --method` of the same name. layermerge: every kernel of "
+            "every segment; depth: whole merges with activation states; layer-only: single layers "
+            "dropped.",
+            rich_help_panel=_FINETUNE,
+        ),
+    ] = "layermerge",
+    subset: Annotated[
+        int | None,
+        typer.Option(
+            "--subset",
+            metavar="N",
+            min=1,
+            help="Samples to train on, and as many others to judge on. Default: 4 % of 500,000 "
+            "samples and more, else 1 % but at least 500.",
+            show_default=False,
+            rich_help_panel=_FINETUNE,
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            "--epochs",
+            metavar="N",
+            min=1,
+            help="Times that they are seen. Default: 1 with 500,000 samples and more, else 50.",
+            show_default=False,
+            rich_help_panel=_FINETUNE,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            metavar="N",
+            min=1,
+            help="Default: 256 with 500,000 samples and more, else 128.",
+            show_default=False,
+            rich_help_panel=_FINETUNE,
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        float,
+        typer.Option(
+            "--learning-rate",
+            metavar="R",
+            min=0.0,
+            help="At its highest, of a batch of 256; in proportion for others.",
+            rich_help_panel=_FINETUNE,
+        ),
+    ] = 0.1,
+    alpha: Annotated[
+        float,
+        typer.Option(
+            "--alpha",
+            metavar="A",
+            min=0.0,
+            max=1.0,
+            help="The model's own answers' part of the loss; 1 without labels.",
+            rich_help_panel=_FINETUNE,
+        ),
+    ] = 0.0,
+    seed: Annotated[
+        int,
+        typer.Option("--seed", metavar="S", min=0, rich_help_panel=_FINETUNE),
+    ] = 0,
+    compat: Annotated[
+        bool,
+        typer.Option(
+            "--compat",
+            help="Train layers that stay anew from random weights, as the published codes do; "
+            "without it, what stays is worth what no change is.",
+            rich_help_panel=_FINETUNE,
+        ),
+    ] = False,
+    executor: Annotated[
+        str | None,
+        typer.Option(
+            "--executor",
+            metavar="dask://HOST:PORT",
+            help="Spread the work over a Dask cluster instead of --jobs.",
+            show_default=False,
+            rich_help_panel=_FINETUNE,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="cpu|cuda",
+            help="Default: a GPU if torch has one.",
+            show_default=False,
+            rich_help_panel=_FINETUNE,
+        ),
+    ] = None,
+    jobs: JobsOption = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -117,11 +225,28 @@ def _score(
 ) -> None:
     """Make the importance table of a model: what each change is worth; with --data resumable."""
     del debug
+    trained: dict[str, Any] = {
+        "scheme": scheme,
+        "value": value,
+        "subset": subset,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "alpha": alpha,
+        "seed": seed,
+        "compat": compat,
+        "executor": executor,
+        "device": device,
+    }
     if source is None:
-        _check_published(baseline, value)
-        source_of_inputs = (data, preprocess, samples)
-        options = {"longest": longest, "jobs": jobs}
-        _measure(model, source_of_inputs, method, families, options, out, as_json, quiet)
+        if baseline is not None:
+            raise UsageError("--baseline belongs to --import")
+        _check_method(method, trained)
+        fitted = {"families": families, "longest": longest}
+        options = (
+            {"jobs": jobs or 1, **fitted} if method == "regress" else {"jobs": jobs, **trained}
+        )
+        _measure(model, (data, preprocess, samples), method, options, out, as_json, quiet)
         return
     if data is not None:
         raise UsageError("--import and --data contradict each other", hint="give one of them")
@@ -147,18 +272,27 @@ def _score(
         terminal.note(f"wrote {output}")
 
 
-def _check_published(baseline: float | None, value: str | None) -> None:
-    for name, given in (("--baseline", baseline), ("--value", value)):
-        if given is not None:
-            raise UsageError(f"{name} belongs to --import")
+def _check_method(method: str, trained: Mapping[str, Any]) -> None:
+    if method not in ("regress", "finetune"):
+        raise UsageError(f"--method {method!r} is not known", hint="regress or finetune")
+    if method == "finetune":
+        return
+    if trained["value"] is not None:
+        raise UsageError("--value belongs to --import and --method finetune")
+    given = [
+        "--" + name.replace("_", "-")
+        for name in ("subset", "epochs", "batch_size", "compat", "executor", "device")
+        if trained[name]
+    ]
+    if given:
+        raise UsageError(f"{', '.join(given)} belongs to --method finetune")
 
 
 def _measure(
     model: str | None,
     source: tuple[str | None, str | None, int | None],
     method: str,
-    families: str,
-    options: Mapping[str, int],
+    options: Mapping[str, Any],
     out: str | None,
     as_json: bool,
     quiet: bool,
@@ -170,22 +304,22 @@ def _measure(
             hint="MODEL with --data measures damage on inputs; --import FILE.csv reads a "
             "published importance table",
         )
-    if method != "regress":
-        raise UsageError(f"--method {method!r} is not known", hint="regress")
     output = _output(out, [model] if model != STDIO else [])
     with arguments.open_terminal(as_json, quiet) as terminal:
+        import graphfold
         from graphfold.calibration.families import check_families
-        from graphfold.calibration.score import score_model
         from graphfold.model import load
 
-        chosen = check_families(arguments.names(families))
+        given = dict(options)
+        if method == "regress":
+            given["families"] = check_families(arguments.names(given["families"]))
         loaded = load(arguments.source(model))
-        found = score_model(
+        found = graphfold.score(
             loaded,
             arguments.dataset(data, preprocess, loaded, terminal, samples),
             output,
-            families=chosen,
-            **options,
+            method=method,
+            **given,
             progress=terminal.progress,
         )
         terminal.close()

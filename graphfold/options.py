@@ -69,12 +69,14 @@ SamplesOption = Annotated[
     ),
 ]
 JobsOption = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--jobs",
         metavar="N",
         min=1,
-        help="With --data: processes that measure at a time; the result is the same for any N.",
+        help="With --data: processes that measure at a time; the result is the same for any N. "
+        "Default: 1 for regress; for finetune one per core, or one with a GPU.",
+        show_default=False,
     ),
 ]
 DtypeOption = Annotated[

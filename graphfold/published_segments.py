@@ -112,7 +112,7 @@ def import_importance(
     """
     if score is None:
         score = "exp-accuracy" if layer_merge_form(path) else "accuracy"
-    chosen: Score = _checked(score)
+    chosen: Score = check_score(score)
     no_change = 0.0 if chosen == "accuracy" else 1.0
     header = ImportanceHeader(created_by=f"graphfold {__version__}", method=f"import {chosen}")
     if model is None:
@@ -133,12 +133,13 @@ def import_importance(
         header=header.model_copy(update={"model": reference}),
     )
     pairs = {(row.input, row.output) for row in table.rows}
-    rows = (*table.rows, *(_join_rows(candidates, pairs) if no_change else ()))
+    rows = (*table.rows, *(join_rows(candidates, pairs) if no_change else ()))
     table = table.model_copy(update={"no_change": no_change, "rows": rows})
     return Imported(table, str(path), chosen, names.first, (len(pairs), len(names.segments)))
 
 
-def _checked(score: str) -> Score:
+def check_score(score: str) -> Score:
+    """What importances are, by its name; UsageError where there is no such thing."""
     for known in get_args(Score):
         if score == known:
             return known  # type: ignore[no-any-return]
@@ -146,7 +147,7 @@ def _checked(score: str) -> Score:
     raise UsageError(f"the score {score!r} is not known", hint=near)
 
 
-def _join_rows(candidates: Candidates, pairs: set[tuple[str, str]]) -> list[ImportanceRow]:
+def join_rows(candidates: Candidates, pairs: set[tuple[str, str]]) -> list[ImportanceRow]:
     """Joins of branches are worth nothing by themselves: the published sums do not count them."""
     rows = [step.row() for step in cut_layout(candidates).steps if step.joins]
     return [
