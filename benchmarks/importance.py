@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--estimate", type=int, metavar="N", help="only time N rows")
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--subset", type=int, default=512)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=0.1)
     parser.add_argument("--training-epochs", type=int, default=6)

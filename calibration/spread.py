@@ -79,6 +79,15 @@ def spread(
             yield from results
         finally:
             results.close()
+            if local:
+                _end_processes()
+
+
+def _end_processes() -> None:
+    """Joblib keeps its processes for later calls, and commands leave without a word to them."""
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
 
 
 def _plainly(call: Callable[..., Result], shared: Any, item: Any, _: int) -> Result:
