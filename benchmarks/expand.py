@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10_000, help="to train on")
     parser.add_argument("--test", type=int, default=10_000, help="to judge on")
     parser.add_argument("--ratio", type=float, default=6.0)
-    parser.add_argument("--anneal", type=float, nargs=2, default=(0.4, 0.8))
+    parser.add_argument("--anneal", type=float, nargs=2, default=(0.1, 0.5))
     parser.add_argument("--learning-rate", type=float, default=0.1)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--threads", type=int, default=1)

@@ -49,7 +49,7 @@ class Annealing(Hooks):
     """
 
     def __init__(
-        self, model: Model, plan: PlanSource, start: float = 0.5, stop: float = 0.9
+        self, model: Model, plan: PlanSource, start: float = 0.1, stop: float = 0.5
     ) -> None:
         if not 0 <= start < stop <= 1:
             raise UsageError(

@@ -20,7 +20,7 @@ _KINDS = ("inverted", "linear")
 _EXAMPLES = (
     "Examples:\n\n"
     "graphfold expand vgg.onnx --convs k3 --skip-first 2 --skip-last 1 -o wide.onnx\n\n"
-    "graphfold finetune wide.onnx --plan wide.plan.json --anneal 0.5:0.9 --data train.npz "
+    "graphfold finetune wide.onnx --plan wide.plan.json --anneal 0.1:0.5 --data train.npz "
     "-o trained.onnx\n\n"
     "graphfold expand mobilenet.onnx --convs expansions --every 2\n\n"
     "graphfold expand model.onnx --convs k3 --block linear"

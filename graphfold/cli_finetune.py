@@ -169,7 +169,7 @@ def _finetune(
             "--anneal",
             metavar="START:STOP",
             help="Fade out the activations that the plan removes between these shares of the "
-            "training, as 0.5:0.9; without it they are gone from the beginning.",
+            "training, as 0.1:0.5; without it they are gone from the beginning.",
             show_default=False,
         ),
     ] = None,
@@ -267,7 +267,7 @@ def _annealing(text: str, model: Model, plan: str | None) -> Annealing:
     try:
         start, stop = (float(part) for part in text.split(":"))
     except ValueError:
-        raise UsageError(f"--anneal {text!r} is not START:STOP", hint="as 0.5:0.9") from None
+        raise UsageError(f"--anneal {text!r} is not START:STOP", hint="as 0.1:0.5") from None
     return Annealing(model, plan, start, stop)
 
 
