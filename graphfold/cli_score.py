@@ -97,33 +97,38 @@ def _score(
         ),
     ] = "regress",
     families: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--families",
             metavar="A,B",
-            help="With regress: what may stand in the places of the network.",
+            help="With regress: what may stand in the places of the network. Default: "
+            "dense,depthwise,pointwise,low_rank,narrow,identity.",
+            show_default=False,
         ),
-    ] = "dense,depthwise,pointwise,low_rank,narrow,identity",
+    ] = None,
     longest: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--longest",
             metavar="N",
             min=1,
-            help="With regress: convolutions that a segment may hold to be replaced as one.",
+            help="With regress: convolutions that a segment may hold to be replaced as one. "
+            "Default: 4.",
+            show_default=False,
         ),
-    ] = 4,
+    ] = None,
     scheme: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--scheme",
             metavar="layermerge|depth|layer-only",
             help="Which changes: for `plan --method` of the same name. layermerge: every kernel of "
             "every segment; depth: whole merges with activation states; layer-only: single layers "
-            "dropped.",
+            "dropped. Default: layermerge.",
+            show_default=False,
             rich_help_panel=_FINETUNE,
         ),
-    ] = "layermerge",
+    ] = None,
     subset: Annotated[
         int | None,
         typer.Option(
@@ -159,30 +164,39 @@ def _score(
         ),
     ] = None,
     learning_rate: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--learning-rate",
             metavar="R",
             min=0.0,
-            help="At its highest, of a batch of 256; in proportion for others.",
+            help="At its highest, of a batch of 256; in proportion for others. Default: 0.1.",
+            show_default=False,
             rich_help_panel=_FINETUNE,
         ),
-    ] = 0.1,
+    ] = None,
     alpha: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--alpha",
             metavar="A",
             min=0.0,
             max=1.0,
-            help="The model's own answers' part of the loss; 1 without labels.",
+            help="The model's own answers' part of the loss. Default: 0, and 1 without labels.",
+            show_default=False,
             rich_help_panel=_FINETUNE,
         ),
-    ] = 0.0,
+    ] = None,
     seed: Annotated[
-        int,
-        typer.Option("--seed", metavar="S", min=0, rich_help_panel=_FINETUNE),
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="S",
+            min=0,
+            help="Of samples and trainings. Default: 0.",
+            show_default=False,
+            rich_help_panel=_FINETUNE,
+        ),
+    ] = None,
     compat: Annotated[
         bool,
         typer.Option(
@@ -225,24 +239,24 @@ def _score(
 ) -> None:
     """Make the importance table of a model: what each change is worth; with --data resumable."""
     del debug
-    trained: dict[str, Any] = {
-        "scheme": scheme,
-        "value": value,
-        "subset": subset,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "alpha": alpha,
-        "seed": seed,
-        "compat": compat,
-        "executor": executor,
-        "device": device,
-    }
+    fitted = _given(families=families, longest=longest)
+    trained = _given(
+        scheme=scheme,
+        value=value,
+        subset=subset,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        alpha=alpha,
+        seed=seed,
+        compat=compat or None,
+        executor=executor,
+        device=device,
+    )
     if source is None:
         if baseline is not None:
             raise UsageError("--baseline belongs to --import")
-        _check_method(method, trained)
-        fitted = {"families": families, "longest": longest}
+        _check_method(method, fitted, trained)
         options = (
             {"jobs": jobs or 1, **fitted} if method == "regress" else {"jobs": jobs, **trained}
         )
@@ -272,20 +286,20 @@ def _score(
         terminal.note(f"wrote {output}")
 
 
-def _check_method(method: str, trained: Mapping[str, Any]) -> None:
+def _given(**options: Any) -> dict[str, Any]:
+    """Options that the user gave."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_method(method: str, fitted: Mapping[str, Any], trained: Mapping[str, Any]) -> None:
     if method not in ("regress", "finetune"):
         raise UsageError(f"--method {method!r} is not known", hint="regress or finetune")
-    if method == "finetune":
-        return
-    if trained["value"] is not None:
-        raise UsageError("--value belongs to --import and --method finetune")
-    given = [
-        "--" + name.replace("_", "-")
-        for name in ("subset", "epochs", "batch_size", "compat", "executor", "device")
-        if trained[name]
-    ]
-    if given:
-        raise UsageError(f"{', '.join(given)} belongs to --method finetune")
+    other, belongs = (trained, "finetune") if method == "regress" else (fitted, "regress")
+    names = ["--" + name.replace("_", "-") for name in other]
+    if names:
+        verb = "belongs" if len(names) == 1 else "belong"
+        where = " and --import" if names == ["--value"] else ""
+        raise UsageError(f"{', '.join(names)} {verb} to --method {belongs}{where}")
 
 
 def _measure(
@@ -311,7 +325,7 @@ def _measure(
         from graphfold.model import load
 
         given = dict(options)
-        if method == "regress":
+        if "families" in given:
             given["families"] = check_families(arguments.names(given["families"]))
         loaded = load(arguments.source(model))
         found = graphfold.score(

@@ -399,7 +399,7 @@ def test_the_command_writes_a_table(model, inputs, tmp_path, capfd):
     ("arguments", "text"),
     [
         (["m.onnx"], "score what?"),
-        (["m.onnx", "--data", "d.npz", "--method", "finetune"], "'finetune' is not known"),
+        (["m.onnx", "--data", "d.npz", "--method", "taylor"], "'taylor' is not known"),
         (["m.onnx", "--data", "d.npz", "--import", "f.csv"], "contradict each other"),
         (["m.onnx", "--data", "d.npz", "--baseline", "1"], "belongs to --import"),
         (["m.onnx", "--data", "d.npz"], "where to write the table?"),

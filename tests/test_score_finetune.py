@@ -402,8 +402,9 @@ def test_plans_are_made_of_the_table_and_folded(files, scheme, capfd):
         (["--method", "finetune", "--value", "exp"], "the score 'exp' is not known"),
         (["--method", "finetune", "--scheme", "layer-only", "--compat"], "leave it out"),
         (["--method", "guess"], "--method 'guess' is not known"),
-        (["--epochs", "3", "--compat"], "--epochs, --compat belongs to --method finetune"),
-        (["--value", "accuracy"], "--value belongs to --import and --method finetune"),
+        (["--epochs", "3", "--compat"], "--epochs, --compat belong to --method finetune"),
+        (["--value", "accuracy"], "--value belongs to --method finetune and --import"),
+        (["--seed", "1"], "--seed belongs to --method finetune"),
         (["--method", "finetune", "--subset", "100"], "128 samples are too few to train on 100"),
     ],
 )
