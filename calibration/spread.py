@@ -5,12 +5,14 @@ Results come as they are ready, in any order, so that each can be written down a
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 from graphfold.errors import GraphfoldError, UsageError
@@ -67,18 +69,21 @@ def spread(
     with _backend(shared, executor) as backend, _told_of_the_dead():
         local = backend is None and jobs > 1
         function = delayed(_watched if local else _plainly)
-        parallel = Parallel(
-            n_jobs=jobs,
-            backend=backend,
-            return_as="generator_unordered",
-            pre_dispatch="all" if backend else "2*n_jobs",
-            batch_size=1,
-        )
-        results = parallel(function(call, shared, item, os.getpid()) for item in items)
+        options: dict[str, Any] = {
+            "n_jobs": jobs,
+            "backend": backend,
+            "return_as": "generator_unordered",
+            "pre_dispatch": "all" if backend else "2*n_jobs",
+            "batch_size": 1,
+        }
         try:
-            yield from results
+            with Parallel(**options) as parallel:
+                results = parallel(function(call, shared, item, os.getpid()) for item in items)
+                try:
+                    yield from results
+                finally:
+                    results.close()
         finally:
-            results.close()
             if local:
                 _end_processes()
 
@@ -87,7 +92,12 @@ def _end_processes() -> None:
     """Joblib keeps its processes for later calls, and commands leave without a word to them."""
     from joblib.externals.loky import get_reusable_executor
 
-    get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
+    executor: Any = get_reusable_executor(reuse=True)
+    # What is left is reported as leaked, and joblib forgets only folders that were made.
+    for folder in executor._temp_folder_manager._cached_temp_folders.values():
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    executor.terminate(kill_workers=True)
+    gc.collect()
 
 
 def _plainly(call: Callable[..., Result], shared: Any, item: Any, _: int) -> Result:
