@@ -13,8 +13,8 @@ bfloat16 is multiplied so where classes are learned (weights, losses and steps s
 gradients of depthwise weights are taken of a quarter of the batch.
 
 Few images are easily learned by heart. Some are held back, never trained on, and decide: the best
-state by their divergence is returned, and only if it is better there by more than two standard
-errors of the paired difference. Otherwise the student comes back as it was.
+state by their divergence is returned, and only if it is better there than the student was.
+Otherwise the student comes back as it was.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ _DEPTHWISE_SHARE = 0.25
 _MULTIPLIES_BFLOAT16 = ("avx512_bf16", "amx_bf16")
 _DECAY = (0.9, 0.99)  # of Adam's averages of gradients and of their squares
 _SMALLEST_SCALE = 1e-2  # of a bias that is all zeros
-_STANDARD_ERRORS = 2.0
 _TINY = 1e-12
 
 
@@ -165,7 +164,7 @@ def distill(
         if progress is not None:
             progress(Progress(done, part, float(loss.detach()), best.curve[-1][1]))
     best.look(done)
-    is_kept = _is_better(best.divergences, best.before)
+    is_kept = bool(best.divergences.mean() < best.before.mean())
     learner.load_state_dict(best.state)
     trained = learner.to_model()
     return Distilled(
@@ -239,12 +238,6 @@ def _schedule(done: int, part: float) -> float:
     """The part of the full step size: a short rise, then half a cosine to zero."""
     rise = min(1.0, (done + 1) / _WARM_UP)
     return rise * 0.5 * (1.0 + math.cos(math.pi * part))
-
-
-def _is_better(after: Tensor, before: Tensor) -> bool:
-    gain = before - after
-    error = gain.std() / math.sqrt(len(gain))
-    return bool(gain.mean() > _STANDARD_ERRORS * error)
 
 
 class _Training:
