@@ -6,11 +6,12 @@ budget, as `graphfold plan MODEL --data ... --frontier --dtype auto --time-budge
 every fifth batch of photos, on which nothing is fitted. Few photos hold a face or text, so the
 figures say how much of the model's own answers is left, not how well it does its task.
 
-Run it as `python benchmarks/auto_kinds.py` on a machine that does nothing else; `--only MODEL` for
-one of them.
+Run it as `python benchmarks/auto_kinds.py` on a machine that does nothing else; `--only MODEL...`
+for some of them, beside what is known.
 """
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -153,16 +154,22 @@ def table(results: list[dict[str, Any]]) -> str:
     )
 
 
+def written() -> dict[str, Any]:
+    """What was measured before, by model."""
+    path = common.RESULTS / "auto_kinds.json"
+    known = json.loads(path.read_text())["models"] if path.exists() else []
+    return {each["model"]: each for each in known}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=MODELS)
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
     options = parser.parse_args()
-    results = []
-    for name, kind in MODELS.items():
-        if options.only in (None, name):
-            results.append(search(name, kind))
-            print(table(results[-1:]), flush=True)
-    if options.only is None:
+    known = written()
+    for name in options.only:
+        known[name] = search(name, MODELS[name])
+        results = [known[each] for each in MODELS if each in known]
+        print(table(results), flush=True)
         title = "auto on models of other kinds"
         common.write("auto_kinds", title, COMMAND, table(results), {"models": results})
 
