@@ -254,6 +254,18 @@ def finetune_on(
     Raises:
         as `finetune`.
     """
+    samples, held_out, master = read_training(data, validation, teacher, use_labels)
+    return finetune(model, samples, plan, held_out=held_out, teacher=master, **options)
+
+
+def read_training(
+    data: Dataset, validation: Dataset | None, teacher: Any, use_labels: bool
+) -> tuple[Samples, Samples, Model | nn.Module | None]:
+    """Samples to train on and to judge on, and the teacher; without others a tenth judges.
+
+    Raises:
+        DataError: what is read does not fit the model. ModelError: the teacher cannot be read.
+    """
     samples = Samples.of_dataset(data)
     if validation is None:
         samples, held_out = samples.split(max(1, len(samples) // _HELD_BACK))
@@ -262,7 +274,7 @@ def finetune_on(
     if not use_labels:
         samples = samples.without_labels()
     master = teacher if teacher is None or isinstance(teacher, nn.Module) else load_any(teacher)
-    return finetune(model, samples, plan, held_out=held_out, teacher=master, **options)
+    return samples, held_out, master
 
 
 def _needs_of(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphfold.calibration import bridge  # noqa: F401 - says what to install without torch
+from graphfold.calibration.finetune import read_training
 from graphfold.calibration.masks import MaskedModule, MaskEpoch, MaskHooks, with_masks
 from graphfold.calibration.objective import Evaluation
 from graphfold.calibration.pairs import pair_up
@@ -32,7 +33,6 @@ from graphfold.masked_plans import BoundaryChoice, Predictions, masked_plan
 from graphfold.masking import Budget, Chooser, Mask, Per, find_masks
 from graphfold.measures import LatencyTable, read_latency
 from graphfold.model import digest
-from graphfold.optimizer import load_any
 
 from torch import nn  # isort: skip
 
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 # Of the published searches, in units of the mean saving of a mask: their 1e-4 times 30.
 DECAY = 3e-3
 MEASURED = "latency.json"
-_HELD_BACK = 10  # one sample of so many
 
 Progress = Callable[[str, int, int], None]
 
@@ -158,14 +157,7 @@ def search_on(
     Raises:
         as `search`.
     """
-    samples = Samples.of_dataset(data)
-    if validation is None:
-        samples, held_out = samples.split(max(1, len(samples) // _HELD_BACK))
-    else:
-        held_out = Samples.of_dataset(validation)
-    if not use_labels:
-        samples = samples.without_labels()
-    master = teacher if teacher is None or isinstance(teacher, nn.Module) else load_any(teacher)
+    samples, held_out, master = read_training(data, validation, teacher, use_labels)
     return search(model, samples, budgets, held_out=held_out, teacher=master, **options)
 
 

@@ -11,13 +11,17 @@ import typer
 from graphfold import arguments
 from graphfold.errors import UsageError
 from graphfold.options import (
+    AlphaOption,
     DataOption,
     DebugOption,
     JsonOption,
     ModelArgument,
+    NoLabelsOption,
     PreprocessOption,
     QuietOption,
     SamplesOption,
+    TeacherOption,
+    TemperatureOption,
 )
 from graphfold.targets import Targets
 from graphfold.terminal import STDIO
@@ -87,32 +91,10 @@ def _finetune(
             show_default=False,
         ),
     ] = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            "--teacher",
-            metavar="T",
-            help="An ONNX file to learn from, with the same inputs and outputs. Default: MODEL.",
-            show_default=False,
-        ),
-    ] = None,
-    alpha: Annotated[
-        float,
-        typer.Option(
-            "--alpha",
-            metavar="A",
-            min=0.0,
-            max=1.0,
-            help="The teacher's part of the loss where there are labels; 0 learns from labels "
-            "alone.",
-        ),
-    ] = 0.7,
-    temperature: Annotated[
-        float, typer.Option("--temperature", metavar="T", help="Of the teacher's classes.")
-    ] = 1.0,
-    no_labels: Annotated[
-        bool, typer.Option("--no-labels", help="Learn from the teacher alone.")
-    ] = False,
+    teacher: TeacherOption = None,
+    alpha: AlphaOption = 0.7,
+    temperature: TemperatureOption = 1.0,
+    no_labels: NoLabelsOption = False,
     label_smoothing: Annotated[
         float | None,
         typer.Option(

@@ -122,3 +122,26 @@ ToleranceOption = Annotated[
         show_default=False,
     ),
 ]
+TeacherOption = Annotated[
+    str | None,
+    typer.Option(
+        "--teacher",
+        metavar="T",
+        help="An ONNX file to learn from, with the same inputs and outputs. Default: MODEL.",
+        show_default=False,
+    ),
+]
+AlphaOption = Annotated[
+    float,
+    typer.Option(
+        "--alpha",
+        metavar="A",
+        min=0.0,
+        max=1.0,
+        help="The teacher's part of the loss where there are labels; 0 learns from labels alone.",
+    ),
+]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", metavar="T", help="Of the teacher's classes.")
+]
+NoLabelsOption = Annotated[bool, typer.Option("--no-labels", help="Learn from the teacher alone.")]
