@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphfold import arguments
+from graphfold import arguments, commands
 from graphfold.errors import UsageError
 from graphfold.options import (
     DataOption,
@@ -40,9 +40,9 @@ _EXAMPLES = (
 )
 
 
-def register(app: typer.Typer) -> None:
+def register() -> None:
     """Add the command to the command line."""
-    app.command("auto", epilog=_EXAMPLES)(_auto)
+    commands.add("auto", _auto, epilog=_EXAMPLES)
 
 
 def _auto(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from graphfold import arguments
+from graphfold import arguments, commands
 from graphfold.errors import UsageError
 from graphfold.options import DebugOption, JsonOption, ModelArgument, QuietOption, ShapeOption
 from graphfold.terminal import STDIO, check_output
@@ -27,9 +27,9 @@ _EXAMPLES = (
 )
 
 
-def register(app: typer.Typer) -> None:
+def register() -> None:
     """Add the command to the command line."""
-    app.command("expand", epilog=_EXAMPLES)(_expand)
+    commands.add("expand", _expand, epilog=_EXAMPLES)
 
 
 def _expand(

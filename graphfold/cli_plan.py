@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from graphfold import arguments
+from graphfold import arguments, commands
 from graphfold.errors import UsageError
 from graphfold.options import (
     DataOption,
@@ -44,10 +44,10 @@ _PLAN_EXAMPLES = (
 )
 
 
-def register(app: typer.Typer) -> None:
+def register() -> None:
     """Add the commands to the command line."""
-    app.command("profile", epilog=_PROFILE_EXAMPLES)(_profile)
-    app.command("plan", epilog=_PLAN_EXAMPLES)(_plan)
+    commands.add("profile", _profile, epilog=_PROFILE_EXAMPLES)
+    commands.add("plan", _plan, epilog=_PLAN_EXAMPLES)
 
 
 def _profile(

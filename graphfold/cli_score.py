@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graphfold import arguments
+from graphfold import arguments, commands
 from graphfold.errors import UsageError
 from graphfold.options import (
     DataOption,
@@ -39,9 +39,9 @@ _EXAMPLES = (
 _FINETUNE = "With --method finetune"
 
 
-def register(app: typer.Typer) -> None:
+def register() -> None:
     """Add the command to the command line."""
-    app.command("score", epilog=_EXAMPLES)(_score)
+    commands.add("score", _score, epilog=_EXAMPLES)
 
 
 def _score(

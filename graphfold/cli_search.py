@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphfold import arguments
+from graphfold import arguments, commands
 from graphfold.errors import OutputError, UsageError
 from graphfold.options import (
     AlphaOption,
@@ -43,9 +43,9 @@ _EXAMPLES = (
 )
 
 
-def register(app: typer.Typer) -> None:
+def register() -> None:
     """Add the command to the command line."""
-    app.command("search", epilog=_EXAMPLES)(_search)
+    commands.add("search", _search, epilog=_EXAMPLES)
 
 
 def _search(
