@@ -4,8 +4,9 @@
 
 finds networks of EfficientNet-Lite0 as `auto` does (without what is held back: neither fits nor
 training see those photos), trains each on ../shared's calibration photos, quantizes the repaired
-ones, and judges all on other photos that nothing was fitted on. Networks that are at hand are named
-instead: `NETWORK... --original ORIGINAL`. Figures after repair are those of the trained network,
+ones, and judges all on other photos that nothing was fitted on. `--folder` keeps the networks and
+takes what is there instead of searching again. Networks that are at hand are named instead:
+`NETWORK... --original ORIGINAL`. Figures after repair are those of the trained network,
 also where the held-back photos do not confirm it and it is not kept. Counts processor seconds
 beside wall time: ten minutes on two quiet cores are 1,200 of them.
 """
@@ -47,6 +48,27 @@ def searched(model: Model, calibration: str, speedups: Sequence[float]) -> list[
         if option is not None:
             proto = onnx.shape_inference.infer_shapes(explored.bench.build(option.state))
             found.append((f"{target:g}x", adopt(proto, check=False)))
+    return found
+
+
+def found_before(folder: Path, speedups: Sequence[float]) -> list[tuple[str, Model]]:
+    """Networks that an earlier run left in the folder; none unless all are there."""
+    paths = [folder / f"{target:g}x.onnx" for target in speedups]
+    return [(path.stem, load(path)) for path in paths] if all(map(Path.exists, paths)) else []
+
+
+def networks_of(original: Model, options: argparse.Namespace) -> list[tuple[str, Model]]:
+    """Those that are named, those in the folder, or those of a new search."""
+    if options.network:
+        return [(each.stem, load(each)) for each in options.network]
+    if options.folder is None:
+        return searched(original, MODELS[options.model][0], options.speedups)
+    found = found_before(options.folder, options.speedups)
+    if not found:
+        found = searched(original, MODELS[options.model][0], options.speedups)
+        options.folder.mkdir(parents=True, exist_ok=True)
+        for name, network in found:
+            save(network, options.folder / f"{name}.onnx")
     return found
 
 
@@ -145,6 +167,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     if not options.network and tuple(options.speedups) != FLOAT:
         command += " --speedups " + " ".join(f"{each:g}" for each in options.speedups)
     command += f" --minutes {options.minutes:g}"
+    command += "" if options.folder is None else " --folder FOLDER"
     command += "" if options.steps is None else f" --steps {options.steps}"
     command += " --int8" if options.int8 else ""
     title = "Repair by distillation: unlabelled calibration photos, judged on other photos"
@@ -162,7 +185,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--int8", action="store_true", help="quantize the repaired networks, too")
-    parser.add_argument("--output", type=Path, help="folder for the repaired networks")
+    parser.add_argument("--folder", type=Path, help="for the networks and the repaired ones")
     parser.add_argument("--name", default="repair", help="of the results")
     options = parser.parse_args()
     path = options.original or shared_data.SHARED / "models" / f"{options.model}.onnx"
@@ -172,17 +195,12 @@ def main() -> None:
         read_split(data(calibration, original), for_repair=True),
         judged(original, judging),
     )
-    networks = (
-        [(each.stem, load(each)) for each in options.network]
-        if options.network
-        else searched(original, calibration, options.speedups)
-    )
     rows = []
-    for name, network in networks:
+    for name, network in networks_of(original, options):
         figures, repaired = row(name, network, original, split, photos, options)
-        if options.output is not None:
-            options.output.mkdir(parents=True, exist_ok=True)
-            save(repaired, options.output / f"{name}.onnx")
+        if options.folder is not None:
+            options.folder.mkdir(parents=True, exist_ok=True)
+            save(repaired, options.folder / f"{name}.repaired.onnx")
         rows.append(figures)
         report(rows, options)
 

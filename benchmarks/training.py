@@ -1,10 +1,12 @@
 """What training reaches on CIFAR-10: accuracy against measured latency, all methods side by side.
 
-    python benchmarks/training.py                # what two cores do in an hour or two
-    python benchmarks/training.py --size full    # for a GPU
+    python benchmarks/training.py                      # what two cores do in an hour or two
+    python benchmarks/training.py --network resnet20   # with the weights of ../shared
+    python benchmarks/training.py --size full          # for a GPU
 
-A MobileNetV2 for pictures of 32 x 32 is trained from first weights, then every method makes it
-faster, for three budgets of latency, and trains what it made by one recipe: random masks,
+A MobileNetV2 for pictures of 32 x 32 (or a small VGG) is trained from first weights, a ResNet-20
+has been trained already; then every method makes it faster, for three budgets of latency, and
+trains what it made by one recipe: random masks,
 DepthShrinker's search, Depth, LayerOnly, one after the other, LayerMerge, the blocks that the
 search removes dropped whole, networks that are narrower from the beginning (with and without the
 original as teacher), and what `auto` finds, fitted before it is trained. `--part recovery` trains
@@ -76,6 +78,7 @@ class Size:
         scored: pictures of one training of LayerMerge's importance.
         scored_epochs: times that they are seen.
         calibrated: pictures that fits see.
+        recovery: epochs of the longest training of which shares are compared.
     """
 
     train: int
@@ -90,12 +93,13 @@ class Size:
     scored: int
     scored_epochs: int
     calibrated: int
+    recovery: int
 
 
 SIZES = {
-    "tiny": Size(400, 200, 0.5, 1, 1, 0.1, (1.15,), 1, 1, 32, 1, 80),
-    "small": Size(10_000, 2_000, 0.5, 15, 3, 0.1, (1.15, 1.3, 1.5), 5, 3, 500, 4, 1_000),
-    "full": Size(50_000, 10_000, 1.0, 60, 18, 0.1, (1.2, 1.5, 1.8), 5, 3, 2_000, 20, 2_000),
+    "tiny": Size(400, 200, 0.5, 1, 1, 0.1, (1.15,), 1, 1, 32, 1, 80, 2),
+    "small": Size(10_000, 2_000, 0.5, 15, 3, 0.1, (1.15, 1.3, 1.5), 5, 3, 500, 4, 1_000, 9),
+    "full": Size(50_000, 10_000, 1.0, 60, 18, 0.1, (1.2, 1.5, 1.8), 5, 3, 2_000, 20, 2_000, 18),
 }
 
 
@@ -113,11 +117,65 @@ def mobilenet(width: float, seed: int = 0) -> onnx.ModelProto:
             y = net.conv_norm(y, wanted, 1, gain=1.0)
             x = net.op("Add", x, y) if stride == 1 and inside == wanted else y
     x = net.relu6(net.conv_norm(x, divisible(320 * width), 1))
-    proto = net.model(net.classify(x, 10))
+    return _open_batch(net.model(net.classify(x, 10)))
+
+
+def resnet(width: float, seed: int = 0) -> onnx.ModelProto:
+    """ResNet-20 with its first weights, its batch open."""
+    net = Network(32, seed)
+    x = net.op("Relu", net.conv_norm("x", round(16 * width), 3))
+    for stage in range(3):
+        for index in range(3):
+            stride, wanted = (2 if stage and not index else 1), round(16 * 2**stage * width)
+            y = net.op("Relu", net.conv_norm(x, wanted, 3, stride=stride))
+            y = net.conv_norm(y, wanted, 3, gain=1.0)
+            if stride > 1:
+                x = net.conv_norm(x, wanted, 1, stride=stride, gain=1.0)
+            x = net.op("Relu", net.op("Add", x, y))
+    return _open_batch(net.model(net.classify(x, 10)))
+
+
+def vgg(width: float, seed: int = 0) -> onnx.ModelProto:
+    """Eight 3x3 convolutions in four stages, a plain network, with its first weights."""
+    net = Network(32, seed)
+    x = "x"
+    for stage in range(4):
+        for index in range(2):
+            stride = 2 if stage and not index else 1
+            wanted = divisible(32 * 2**stage * width)
+            x = net.op("Relu", net.conv_norm(x, wanted, 3, stride=stride))
+    return _open_batch(net.model(net.classify(x, 10)))
+
+
+def _open_batch(proto: onnx.ModelProto) -> onnx.ModelProto:
     del proto.graph.value_info[:]
     for value in (*proto.graph.input, *proto.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "N"
     return proto
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A network that can be asked for.
+
+    Attributes:
+        make: it, of a width and with first weights of a seed.
+        trained: a file of ../shared that has been trained, taken as it is.
+    """
+
+    make: Callable[[float, int], onnx.ModelProto]
+    trained: str | None = None
+
+    def width(self, size: Size) -> float:
+        """Of the original."""
+        return 1.0 if self.trained else size.width
+
+
+NETWORKS = {
+    "mobilenetv2": Kind(mobilenet),
+    "resnet20": Kind(resnet, "cifar10_resnet20_bn"),
+    "vgg": Kind(vgg),
+}
 
 
 @dataclass(frozen=True)
@@ -134,12 +192,12 @@ class Pictures:
     file: Path
 
     @classmethod
-    def read(cls, size: Size, folder: Path, device: str) -> Pictures:
+    def read(cls, size: Size, name: str, folder: Path, device: str) -> Pictures:
         """The first pictures of each part."""
         parts = {part: _cifar(part, getattr(size, part)) for part in ("train", "test")}
-        samples = [Samples.of({"x": x}, y, device=device) for x, y in parts.values()]
+        samples = [Samples.of({name: x}, y, device=device) for x, y in parts.values()]
         file = folder / "train.npz"
-        np.savez(file, x=parts["train"][0], labels=parts["train"][1])
+        np.savez(file, **{name: parts["train"][0], "labels": parts["train"][1]})
         return cls(*samples, file)
 
     def dataset(self, model: Model, limit: int | None = None) -> Dataset:
@@ -160,24 +218,41 @@ class Bench:
     """The original, its tables, and trainings by one recipe.
 
     Args:
+        kind: the network.
         size: how much is trained.
         folder: for the original and its tables; what lies there is used again.
         device: of torch.
     """
 
-    def __init__(self, size: Size, folder: Path, device: str) -> None:
-        self.size, self.folder = size, folder
+    def __init__(self, kind: Kind, size: Size, folder: Path, device: str) -> None:
+        self.kind, self.size, self.folder = kind, size, folder
         self.group = Group(device=device)
         folder.mkdir(parents=True, exist_ok=True)
-        self.pictures = Pictures.read(size, folder, self.group.device)
+        first = self._first()
+        self.input = next(iter(model_inputs(first))).name
+        self.pictures = Pictures.read(size, self.input, folder, self.group.device)
         path = folder / "original.onnx"
-        if not path.exists():
+        if kind.trained is None and not path.exists():
             recipe = Recipe(epochs=size.first, learning_rate=size.rate, warmup=_warmup(size.first))
-            save(self.trained(load(mobilenet(size.width)), None, recipe).result.reference, path)
-        self.original = load(path)
+            save(self.trained(first, None, recipe).result.reference, path)
+        self.original = load(path) if kind.trained is None else first
         self.candidates = find_candidates(Graph(self.original))
         self.masks = find_masks(self.candidates)
         self.seconds: dict[str, float] = {}
+
+    def _first(self) -> Model:
+        if self.kind.trained is not None:
+            return load(shared_data.SHARED / "models" / f"{self.kind.trained}.onnx")
+        return self.make(self.size.width)
+
+    def make(self, width: float, seed: int = 0) -> Model:
+        """The network with first weights, its input named as the original's."""
+        proto = self.kind.make(width, seed)
+        named = "x" if self.kind.trained is None else self.input
+        for node in proto.graph.node:
+            node.input[:] = [named if name == "x" else name for name in node.input]
+        proto.graph.input[0].name = named
+        return load(proto)
 
     def table(self, name: str, make: Callable[[Path], Any]) -> Path:
         """A latency or importance table, made where it is not there yet."""
@@ -264,7 +339,7 @@ class Bench:
 
     def speedup(self, network: Model) -> float:
         """Over the original, both optimized by onnxruntime, one thread, in turns."""
-        feed = {"x": np.zeros((1, 3, 32, 32), np.float32)}
+        feed = {self.input: np.zeros((1, 3, 32, 32), np.float32)}
         found = compare(
             [to_proto(each).SerializeToString() for each in (self.original, network)],
             names=["original", "network"],
@@ -289,6 +364,7 @@ class Methods:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self._searched: dict[tuple[float, int], Plan] = {}
+        self._found: dict[float, Plan] = {}
 
     def plan(self, method: str, speedup: float) -> Plan:
         """Of one of the published planners, by the importance of its own paper."""
@@ -363,10 +439,10 @@ class Methods:
     def narrower(self, speedup: float, seed: int = 0, teach: bool = False) -> dict[str, Any]:
         """A network of fewer channels that is as fast, from first weights, for all the epochs."""
         bench = self.bench
-        width = bench.size.width
+        width = bench.kind.width(bench.size)
         while True:
             width -= 1 / 32
-            network = load(mobilenet(width, seed))
+            network = bench.make(width, seed)
             if bench.speedup(network) >= speedup or width < 0.2:
                 break
         epochs = bench.size.first + bench.size.epochs
@@ -374,10 +450,11 @@ class Methods:
 
     def fitted(self, speedup: float, seed: int = 0, epochs: int | None = None) -> dict[str, Any]:
         """What `auto` finds: fitted to the pictures first."""
-        original = self.bench.original
-        data = self.bench.pictures.dataset(original, self.bench.size.calibrated)
-        found = find_plan(original, data, speedup=speedup)
-        return self.bench.train(found.plan, seed=seed, epochs=epochs)
+        if speedup not in self._found:
+            original = self.bench.original
+            data = self.bench.pictures.dataset(original, self.bench.size.calibrated)
+            self._found[speedup] = find_plan(original, data, speedup=speedup).plan
+        return self.bench.train(self._found[speedup], seed=seed, epochs=epochs)
 
 
 def _with_weights(model: Model, trained: Model) -> Model:
@@ -432,7 +509,7 @@ def recovery_runs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
 
     runs = {}
     for share in (1 / 9, 1 / 6, 1 / 2, 1.0):
-        epochs = max(1, round(size.epochs * share))
+        epochs = max(1, round(size.recovery * share))
         runs[f"LayerMerge|{epochs}|0"] = partial(merged, epochs)
         runs[f"fitted|{epochs}|0"] = partial(fitted, epochs)
     return runs
@@ -448,7 +525,7 @@ def ablation_runs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
 
     def scratch(epochs: int) -> dict[str, Any]:
         plan = methods.search_plan(speedup).model_copy(update={"model": None})
-        network = load(mobilenet(size.width, seed=1))
+        network = bench.make(bench.kind.width(size), seed=1)
         return bench.train(plan, model=network, epochs=epochs, teach=False)
 
     return {
@@ -521,13 +598,18 @@ def rows_of(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def report(name: str, size: Size, known: dict[str, Any]) -> None:
+def results_name(network: str, size: str) -> str:
+    """Of the files of results."""
+    return f"training_{network}_{size}"
+
+
+def report(network: str, name: str, size: Size, known: dict[str, Any]) -> None:
     """Write everything that is known."""
     columns = [
         "budget", "method", "speedup", "accuracy", "worst class", "before training",
         "folding error", "other class", "trainings",
     ]  # fmt: skip
-    body = [f"Size `{name}`: {size}.", ""]
+    body = [f"{network}, size `{name}`: {size}.", ""]
     if known.get("original"):
         body += [f"The original: {100 * known['original']:.1f} %.", ""]
     if known.get("seconds"):
@@ -536,11 +618,18 @@ def report(name: str, size: Size, known: dict[str, Any]) -> None:
         if known.get(part):
             body += [f"## {part}", "", common.markdown(columns, rows_of(known[part])), ""]
     title = "Training on CIFAR-10: accuracy against measured latency"
-    common.write(f"training_{name}", title, COMMAND, "\n".join(body).rstrip(), known)
+    command = f"{COMMAND} --network {network} --size {name} --part {' '.join(known_parts(known))}"
+    common.write(results_name(network, name), title, command, "\n".join(body).rstrip(), known)
+
+
+def known_parts(known: dict[str, Any]) -> list[str]:
+    """Parts that were run."""
+    return [part for part in PARTS if known.get(part)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", choices=list(NETWORKS), default="mobilenetv2")
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--part", choices=list(PARTS), nargs="+", default=["table"])
     parser.add_argument("--only", nargs="*", help="methods, by the beginning of their names")
@@ -549,11 +638,12 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="forget what was measured before")
     options = parser.parse_args()
     size = SIZES[options.size]
-    path = common.RESULTS / f"training_{options.size}.json"
+    name = results_name(options.network, options.size)
+    path = common.RESULTS / f"{name}.json"
     known: dict[str, Any] = {}
     if path.exists() and not options.again:
         known = json.loads(path.read_text())
-    bench = Bench(size, options.folder / options.size, options.device)
+    bench = Bench(NETWORKS[options.network], size, options.folder / name, options.device)
     teacher = bench.train(None, epochs=1, teach=False) if "original" not in known else None
     if teacher is not None:
         known["original"] = teacher["before"]
@@ -568,7 +658,7 @@ def main() -> None:
                 known[part][key] = {"reason": str(error)}
             known["seconds"] = {**known.get("seconds", {}), **bench.seconds}
             print(key, {k: v for k, v in known[part][key].items() if k != "curve"}, flush=True)
-            report(options.size, size, known)
+            report(options.network, options.size, size, known)
 
 
 def _wanted(key: str, only: Sequence[str] | None) -> bool:

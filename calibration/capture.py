@@ -150,10 +150,26 @@ def captured(
     Raises:
         RunError: onnxruntime cannot run the model.
     """
+    run = run_with_inner(model, names, threads)
+    for feed in feeds:
+        yield run(feed)
+
+
+def run_with_inner(
+    model: Model, names: Sequence[str], threads: int
+) -> Callable[[Mapping[str, NDArray[Any]]], Arrays]:
+    """A call that gives the model's outputs and inner tensors.
+
+    Raises:
+        RunError: onnxruntime cannot run the model.
+    """
     with Runnable(to_proto(model).SerializeToString()) as runnable:
         session = Session(runnable, optimize=True, extra_outputs=names, threads=threads or cores())
-    for feed in feeds:
-        yield session.run(feed) | {name: feed[name] for name in names if name in feed}
+
+    def run(feed: Mapping[str, NDArray[Any]]) -> Arrays:
+        return session.run(feed) | {name: feed[name] for name in names if name in feed}
+
+    return run
 
 
 @dataclass(frozen=True)
