@@ -143,6 +143,14 @@ class Network:
         return proto
 
 
+def open_batch(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model for any number of samples."""
+    del proto.graph.value_info[:]
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+    return proto
+
+
 def mobilenet_v2(size: int = 224, multiplier: float = 1.0) -> onnx.ModelProto:
     """MobileNetV2 with its normalisations."""
     net = Network(size)

@@ -35,7 +35,7 @@ import numpy as np
 import onnx
 import shared_data
 import torch
-from networks import Network, divisible
+from networks import Network, divisible, open_batch
 
 import graphfold
 from graphfold.calibration.auto import find_plan
@@ -117,7 +117,7 @@ def mobilenet(width: float, seed: int = 0) -> onnx.ModelProto:
             y = net.conv_norm(y, wanted, 1, gain=1.0)
             x = net.op("Add", x, y) if stride == 1 and inside == wanted else y
     x = net.relu6(net.conv_norm(x, divisible(320 * width), 1))
-    return _open_batch(net.model(net.classify(x, 10)))
+    return open_batch(net.model(net.classify(x, 10)))
 
 
 def resnet(width: float, seed: int = 0) -> onnx.ModelProto:
@@ -132,7 +132,7 @@ def resnet(width: float, seed: int = 0) -> onnx.ModelProto:
             if stride > 1:
                 x = net.conv_norm(x, wanted, 1, stride=stride, gain=1.0)
             x = net.op("Relu", net.op("Add", x, y))
-    return _open_batch(net.model(net.classify(x, 10)))
+    return open_batch(net.model(net.classify(x, 10)))
 
 
 def vgg(width: float, seed: int = 0) -> onnx.ModelProto:
@@ -144,14 +144,7 @@ def vgg(width: float, seed: int = 0) -> onnx.ModelProto:
             stride = 2 if stage and not index else 1
             wanted = divisible(32 * 2**stage * width)
             x = net.op("Relu", net.conv_norm(x, wanted, 3, stride=stride))
-    return _open_batch(net.model(net.classify(x, 10)))
-
-
-def _open_batch(proto: onnx.ModelProto) -> onnx.ModelProto:
-    del proto.graph.value_info[:]
-    for value in (*proto.graph.input, *proto.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "N"
-    return proto
+    return open_batch(net.model(net.classify(x, 10)))
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ class _UNet:
 
     def _attention(self, x: str, size: int) -> str:
         net, width = self.net, self.net.channels[x]
-        row = net.shared(f"row{size}", np.array([1, width, size * size]))
-        square = net.shared(f"square{size}", np.array([1, width, size, size]))
+        row = net.shared(f"row{size}", np.array([0, width, size * size]))
+        square = net.shared(f"square{size}", np.array([0, width, size, size]))
         y = self._norm(x)
         query, key, value = (
             net.op("Reshape", net.conv(y, width, 1, bias=True), row) for _ in range(3)

@@ -83,6 +83,7 @@ class OnnxModule(nn.Module):
             anything reads it.
         depthwise_share: part of a batch, its first images, that gradients of depthwise weights
             are taken of: see `torch_depthwise`. 1.0, the gradient itself, unless it is set.
+        takes_more: whether `forward` passes over tensors that the graph has no input for.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class OnnxModule(nn.Module):
         self._update_statistics = update_statistics
         self.depthwise_share = state.depthwise_share
         self.changes: dict[str, Callable[[Tensor], Tensor]] = {}
+        self.takes_more = False
         self._numbers = tensors.numbers
         self._weight_keys = {name: _key(name) for name in tensors.weights}
         self._fixed_keys = {name: _key(name) for name in tensors.fixed}
@@ -181,6 +183,9 @@ class OnnxModule(nn.Module):
         missing = [name for name in self.input_names if name not in feeds]
         known = self._weight_keys.keys() | self._fixed_keys.keys() | self._numbers.keys()
         unknown = [name for name in feeds if name not in self.input_names and name not in known]
+        if self.takes_more:
+            feeds = {name: value for name, value in feeds.items() if name not in unknown}
+            unknown = []
         if missing or unknown:
             parts = [("missing", missing), ("unknown", unknown)]
             text = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names)

@@ -8,9 +8,10 @@ there is to learn is what the original says of classes that an image does not sh
 place in it. Steps are Adam's, scaled by the size of the weights of each output channel, so that one
 step size fits layers and networks of every scale, and they decay as a cosine to zero.
 
-A step is made cheap: the original runs in onnxruntime, tensors lie with their channels last, what the processor multiplies faster in
-bfloat16 is multiplied so where classes are learned (weights, losses and steps stay in float32), and
-gradients of depthwise weights are taken of a quarter of the batch.
+A step is made cheap: the original runs in onnxruntime, tensors lie with their channels last, what
+the processor multiplies faster in bfloat16 is multiplied so where classes are learned (weights,
+losses and steps stay in float32), and gradients of depthwise weights are taken of a quarter of the
+batch.
 
 Few images are easily learned by heart. Some are held back, never trained on, and decide: the best
 state by their divergence is returned, and only if it is better there than the student was.
@@ -39,10 +40,11 @@ from torch import Tensor  # isort: skip
 if TYPE_CHECKING:
     from graphfold.model import Model
 
-_STEP_SIZE = 1e-3  # per nat of damage
-_LEAST_STEP_SIZE = 1e-4
+STEP_SIZE = 1e-3
 _TEMPERATURE = 2.0  # of the probabilities that are learned; those that are judged have 1
-_FEATURES = 4.0  # what the mean error of the features counts
+# What the mean error of the features counts: it holds for images of other classes, too, where the
+# answers that few images show are learned by heart.
+_FEATURES = 32.0
 _EVALUATIONS = 8
 _WARM_UP = 10  # steps
 _DEPTHWISE_SHARE = 0.25
@@ -101,7 +103,7 @@ def distill(
     *,
     minutes: float,
     features: Sequence[str] = (),
-    step_size: float | None = None,
+    step_size: float = STEP_SIZE,
     steps: int | None = None,
     augment: bool = True,
     seed: int = 0,
@@ -116,9 +118,7 @@ def distill(
         batches: images as the models take them, by input name, samples along the first axis.
         minutes: for everything; as many steps are made as fit.
         features: names of inner tensors, the same in both models, to be matched as well.
-        step_size: length of a step as a part of the size of the weights of an output channel; by
-            default 0.001 times the damage on the held-back images, from 0.0001 to 0.001: what is
-            nearly right is undone by long steps.
+        step_size: length of a step as a part of the size of the weights of an output channel.
         steps: make so many, as far as time allows; two runs of the same number and seed are equal.
         augment: show images mirrored, zoomed into and mixed with each other at random.
         seed: of the order of the images and of what is done to them.
@@ -141,9 +141,6 @@ def distill(
     training = _Training(learner, original, targets, features, images, device)
     best = _Best(_Judge(training))
     budget = _Budget(steps, started + 60 * minutes - best.seconds)
-    if step_size is None:
-        damage = float(best.before.mean())
-        step_size = min(max(_STEP_SIZE * damage, _LEAST_STEP_SIZE), _STEP_SIZE)
     optimizer = _ScaledAdam(learner, step_size)
     generator = torch.Generator().manual_seed(seed)
     done = 0

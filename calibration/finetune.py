@@ -164,9 +164,10 @@ def finetune(
         plan: what is removed and merged; segments with `weights: regress` are fitted on the first
             samples before the training. None trains the model as it is.
         held_out: to judge on, and to compare the folded network on.
-        teacher: to learn from; by default the original. A module takes tensors by input name, or
-            the only one, and gives what the model's outputs are, by name or in order. With
-            `alpha` 0 there is none.
+        teacher: to learn from; by default the original. A module takes the samples' arrays in
+            order, those that the model has no input for, too (what was hidden from the model,
+            say), and gives what the model's outputs are, by name or in order. With `alpha` 0
+            there is none.
         recipe: how to train.
         alpha: the teacher's part of the loss where there are labels; 1 where there are none.
         temperature: of the teacher's part.
@@ -229,10 +230,10 @@ def finetune(
         model,
         stated,
         allow_other_model=allow_other_model,
-        inputs=_feeds(held_out or samples, _VERIFIED_ON),
+        inputs=_feeds(held_out or samples, _VERIFIED_ON, model),
         retrain=retrain,
         progress=progress,
-        **_needs_of(stated, samples, allow_other_model, progress),
+        **_needs_of(stated, model, samples, allow_other_model, progress),
     )
     objective, found, judged = made[0]
     folding = None if held_out is None else compare(result, held_out)
@@ -278,7 +279,11 @@ def read_training(
 
 
 def _needs_of(
-    plan: Plan | None, samples: Samples, allow_other_model: bool, progress: Progress | None
+    plan: Plan | None,
+    model: Model,
+    samples: Samples,
+    allow_other_model: bool,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     """What a plan's fitted segments and its quantization need of the samples."""
     if plan is None or (not plan.is_fitted and plan.quantize is None):
@@ -287,7 +292,7 @@ def _needs_of(
     from graphfold.calibration.planned import quantizing
     from graphfold.fitted import Fitted
 
-    feeds = _feeds(samples, _FITTED_ON)
+    feeds = _feeds(samples, _FITTED_ON, model)
 
     def fit(source: Model, given: Plan) -> Fitted:
         return fit_plan(
@@ -297,10 +302,15 @@ def _needs_of(
     return {"fit": fit, "quantize": quantizing(feeds)}
 
 
-def _feeds(samples: Samples, most: int) -> list[dict[str, Any]]:
+def _feeds(samples: Samples, most: int, model: Model) -> list[dict[str, Any]]:
     some = samples.subset(range(min(most, len(samples))))
+    names = {value.name for value in model.ir.graph.inputs}
     return [
-        {name: tensor.cpu().numpy() for name, tensor in samples.take(positions)[0].items()}
+        {
+            name: tensor.cpu().numpy()
+            for name, tensor in samples.take(positions)[0].items()
+            if name in names
+        }
         for positions in some.in_order(_COMPARED_TOGETHER)
     ]
 
@@ -311,11 +321,12 @@ def compare(result: Result, held_out: Samples) -> Folding:
     names = [value.name or "" for value in result.reference.ir.graph.outputs]
     errors, scales = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     other, count, is_classes = 0, 0, False
-    for feed in _feeds(held_out, _COMPARED):
+    for feed in _feeds(held_out, _COMPARED, result.reference):
         before, after = (run(feed) for run in runs)
         count += len(next(iter(feed.values())))
         for name in names:
-            errors[name] = max(errors[name], float(np.abs(after[name] - before[name]).max()))
+            apart = np.abs(after[name] - before[name]).max()
+            errors[name] = float(np.maximum(errors[name], apart))  # no number stays none
             scales[name] = max(scales[name], float(np.abs(before[name]).max()))
         if before[names[0]].ndim == 2:
             is_classes = True

@@ -57,7 +57,8 @@ def pair_up(
     Args:
         student: to train, in float32.
         teacher: a network with the same outputs, None for labels alone. A module takes tensors by
-            the order of the inputs, and gives what the student's outputs are.
+            the order of the samples' arrays, and gives what the student's outputs are; arrays that
+            the student has no input for are for the teacher alone.
         samples: to train on.
         held_out: to judge on.
         alpha: the teacher's part of the loss, see `objective.answers`.
@@ -92,6 +93,7 @@ def pair_up(
     # The batch of a network that insists on a small one says nothing of statistics.
     normed = samples.fixed is None or samples.fixed >= _SMALLEST_NORMED_BATCH
     module = bridge(student, outputs=objective.outputs, update_statistics=normed)
+    module.takes_more = isinstance(teacher, nn.Module)
     wrong = [name for name, weight in module.weights.items() if weight.dtype != torch.float32]
     if wrong:
         raise ModelError(

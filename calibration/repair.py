@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphfold.calibration.capture import Feeds, Progress, captured, run_part
+from graphfold.calibration.distill import STEP_SIZE, distill
 from graphfold.calibration.distill import Progress as Step
-from graphfold.calibration.distill import distill
 from graphfold.calibration.judge import Judge
 from graphfold.calibration.training_images import Images, fixed_batch
 from graphfold.flow import find_flow
@@ -45,7 +45,7 @@ def repair(
     minutes: float,
     features: Sequence[str] | None = None,
     steps: int | None = None,
-    step_size: float | None = None,
+    step_size: float = STEP_SIZE,
     seed: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
@@ -60,8 +60,7 @@ def repair(
         features: inner tensors of the same name and shape in both that are matched as well;
             chosen by default: up to sixteen along the network.
         steps: make so many, as far as time allows; two runs of the same number are equal.
-        step_size: length of a step as a part of the size of the weights of an output channel;
-            by default in proportion to the damage.
+        step_size: length of a step as a part of the size of the weights of an output channel.
         seed: of the order of the samples and of what is done to them.
         threads: of torch and onnxruntime; 0 leaves it to them.
         progress: called with (stage, done, total).

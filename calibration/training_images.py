@@ -30,7 +30,7 @@ _FEWEST = 2 * HELD_EVERY
 # Shares of the batches whose images are blended, and pasted into each other.
 _BLENDED, _PASTED = 0.35, 0.25
 _LEAST_PASTED, _MOST_PASTED = 0.1, 0.6  # of an image's area
-_LEAST_SHOWN = 0.35  # of an image's area, by zooming
+_LEAST_SHOWN = 0.6  # of an image's area, by zooming: what is judged later is shown whole
 
 
 class Images:

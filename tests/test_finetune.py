@@ -11,7 +11,7 @@ import onnx
 import pytest
 from builders import ModelBuilder, nonzero, run
 from onnx import numpy_helper
-from trainable import network, pictures
+from trainable import CLASSES, network, pictures
 
 torch = pytest.importorskip("torch")
 
@@ -128,6 +128,29 @@ def test_another_teacher_and_its_names(original):
     assert found[0] == found[1] == found[2]
     own = finetune(student, data, **options).trained.epochs
     assert own[0].held_out.agreement == 1.0
+
+
+def test_a_module_may_know_what_the_network_is_not_shown(original):
+    """As the noise that a denoising network is to tell."""
+    images, _ = pictures(32, 5)
+    rng = np.random.default_rng(2)
+    wanted = rng.normal(size=(32, CLASSES)).astype(np.float32)
+
+    class Told(torch.nn.Module):
+        def forward(self, *arrays):
+            return arrays[1]
+
+    data = Samples.of({"x": images, "wanted": wanted})
+    found = finetune(
+        load(network(seed=3)), data, PLAN, held_out=data, teacher=Told(), recipe=RECIPE
+    )
+    epochs = found.trained.epochs
+    assert epochs[-1].held_out.loss < epochs[0].held_out.loss
+    expected = float(
+        np.square(run(to_proto(found.result.reference), {"x": images})[0] - wanted).mean()
+    )
+    assert epochs[-1].held_out.loss == pytest.approx(expected / wanted.var(), rel=0.02)
+    assert found.folding.error < 1e-5
 
 
 def test_fitted_segments_are_where_the_training_starts(original):
