@@ -188,7 +188,7 @@ def test_images_are_mirrored_and_zoomed_into():
     )
     assert (slopes > 0).any()
     assert (slopes < 0).any()
-    assert 0.58 < slopes.abs().min() < 0.7
+    assert 0.77 < slopes.abs().min() < 0.83
     assert slopes.abs().max() < 1.01
     assert changed.abs().max() <= 1
     last = augment(planes.movedim(1, -1), torch.Generator().manual_seed(0))
@@ -258,17 +258,3 @@ def test_small_fixed_batches_add_up_to_a_step():
     assert [len(rows) for rows in step] == [3] * 6
     teacher = classifier(batch=1)
     assert repair(damaged(teacher), load(teacher)).is_kept
-
-
-@pytest.mark.parametrize("size", [0.002, 0.15, 2.0])
-def test_steps_are_as_long_as_the_damage_is_large(size, monkeypatch):
-    lengths = []
-    original = module._ScaledAdam
-
-    def noted(student, step_size):
-        lengths.append(step_size)
-        return original(student, step_size)
-
-    monkeypatch.setattr(module, "_ScaledAdam", noted)
-    found = repair(damaged(classifier(), size), load(classifier()), steps=1, step_size=None)
-    assert lengths == [pytest.approx(min(max(1e-3 * found.before, 1e-4), 1e-3))]
