@@ -79,6 +79,8 @@ class Size:
         scored_epochs: times that they are seen.
         calibrated: pictures that fits see.
         recovery: epochs of the longest training of which shares are compared.
+        narrowed: budgets at which narrower networks are trained from first weights, which takes
+            longest.
     """
 
     train: int
@@ -94,13 +96,19 @@ class Size:
     scored_epochs: int
     calibrated: int
     recovery: int
+    narrowed: tuple[float, ...]
 
 
 SIZES = {
-    "tiny": Size(400, 200, 0.5, 1, 1, 0.1, (1.15,), 1, 1, 32, 1, 80, 2),
-    "small": Size(10_000, 2_000, 0.5, 15, 3, 0.1, (1.15, 1.3, 1.5), 5, 3, 500, 4, 1_000, 9),
-    "full": Size(50_000, 10_000, 1.0, 60, 18, 0.1, (1.2, 1.5, 1.8), 5, 3, 2_000, 20, 2_000, 18),
-}
+    "tiny": Size(400, 200, 0.5, 1, 1, 0.1, (1.15,), 1, 1, 32, 1, 80, 2, (1.15,)),
+    "small": Size(
+        10_000, 2_000, 0.5, 15, 2, 0.1, (1.15, 1.3, 1.5), 3, 2, 250, 2, 1_000, 6, (1.3,)
+    ),
+    "full": Size(
+        50_000, 10_000, 1.0, 60, 18, 0.1, (1.2, 1.5, 1.8), 5, 3, 2_000, 20, 2_000, 18,
+        (1.2, 1.5, 1.8),
+    ),
+}  # fmt: skip
 
 
 def mobilenet(width: float, seed: int = 0) -> onnx.ModelProto:
@@ -483,9 +491,10 @@ def table_runs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
         for method, name in METHODS.items():
             add(name, 1, partial(methods.planned, method))
         add("Depth, then LayerOnly", 1, methods.one_after_the_other)
-        add("narrower, from first weights", 1, methods.narrower)
-        add("narrower, with the teacher", 1, partial(methods.narrower, teach=True))
         add("fitted, then trained", 1, methods.fitted)
+        if speedup in size.narrowed:
+            add("narrower, from first weights", 1, methods.narrower)
+            add("narrower, with the teacher", 1, partial(methods.narrower, teach=True))
     return runs
 
 
@@ -550,6 +559,12 @@ def label_runs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 METHODS = {"depth": "Depth", "layer-only": "LayerOnly", "layermerge": "LayerMerge"}
+TITLES = {
+    "table": "accuracy against measured latency",
+    "recovery": "shares of the training",
+    "ablation": "one mask, from pretrained and from first weights",
+    "labels": "what labels and the teacher bring",
+}
 PARTS = {
     "table": table_runs,
     "recovery": recovery_runs,
@@ -591,33 +606,25 @@ def rows_of(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def results_name(network: str, size: str) -> str:
+def results_name(network: str, size: str, part: str) -> str:
     """Of the files of results."""
-    return f"training_{network}_{size}"
+    return f"training_{network}_{size}" + ("" if part == "table" else f"_{part}")
 
 
-def report(network: str, name: str, size: Size, known: dict[str, Any]) -> None:
-    """Write everything that is known."""
+def report(network: str, name: str, part: str, known: dict[str, Any]) -> None:
+    """Write everything that is known of a part."""
     columns = [
         "budget", "method", "speedup", "accuracy", "worst class", "before training",
         "folding error", "other class", "trainings",
     ]  # fmt: skip
-    body = [f"{network}, size `{name}`: {size}.", ""]
-    if known.get("original"):
-        body += [f"The original: {100 * known['original']:.1f} %.", ""]
-    if known.get("seconds"):
+    body = [f"{network}, size `{name}`: {SIZES[name]}.", ""]
+    body += [f"The original: {100 * known['original']:.1f} %.", ""]
+    if known["seconds"]:
         body += [f"Tables, seconds: {known['seconds']}.", ""]
-    for part in PARTS:
-        if known.get(part):
-            body += [f"## {part}", "", common.markdown(columns, rows_of(known[part])), ""]
-    title = "Training on CIFAR-10: accuracy against measured latency"
-    command = f"{COMMAND} --network {network} --size {name} --part {' '.join(known_parts(known))}"
-    common.write(results_name(network, name), title, command, "\n".join(body).rstrip(), known)
-
-
-def known_parts(known: dict[str, Any]) -> list[str]:
-    """Parts that were run."""
-    return [part for part in PARTS if known.get(part)]
+    body.append(common.markdown(columns, rows_of(known["runs"])))
+    title = f"Training on CIFAR-10: {TITLES[part]}"
+    command = f"{COMMAND} --network {network} --size {name} --part {part}"
+    common.write(results_name(network, name, part), title, command, "\n".join(body), known)
 
 
 def main() -> None:
@@ -630,28 +637,30 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=common.ROOT / "build" / "training")
     parser.add_argument("--again", action="store_true", help="forget what was measured before")
     options = parser.parse_args()
-    size = SIZES[options.size]
-    name = results_name(options.network, options.size)
-    path = common.RESULTS / f"{name}.json"
-    known: dict[str, Any] = {}
+    folder = options.folder / f"{options.network}_{options.size}"
+    bench = Bench(NETWORKS[options.network], SIZES[options.size], folder, options.device)
+    for part in options.part:
+        run_part(bench, part, options)
+
+
+def run_part(bench: Bench, part: str, options: argparse.Namespace) -> None:
+    """Everything of a part that is not known yet."""
+    path = common.RESULTS / f"{results_name(options.network, options.size, part)}.json"
+    known: dict[str, Any] = {"runs": {}, "seconds": {}}
     if path.exists() and not options.again:
         known = json.loads(path.read_text())
-    bench = Bench(NETWORKS[options.network], size, options.folder / name, options.device)
-    teacher = bench.train(None, epochs=1, teach=False) if "original" not in known else None
-    if teacher is not None:
-        known["original"] = teacher["before"]
-    for part in options.part:
-        runs = PARTS[part](bench)
-        for key, run in runs.items():
-            if key in known.setdefault(part, {}) or not _wanted(key, options.only):
-                continue
-            try:
-                known[part][key] = run()
-            except BudgetError as error:
-                known[part][key] = {"reason": str(error)}
-            known["seconds"] = {**known.get("seconds", {}), **bench.seconds}
-            print(key, {k: v for k, v in known[part][key].items() if k != "curve"}, flush=True)
-            report(options.network, options.size, size, known)
+    if "original" not in known:
+        known["original"] = bench.train(None, epochs=1, teach=False)["before"]
+    for key, run in PARTS[part](bench).items():
+        if key in known["runs"] or not _wanted(key, options.only):
+            continue
+        try:
+            known["runs"][key] = run()
+        except BudgetError as error:
+            known["runs"][key] = {"reason": str(error)}
+        known["seconds"] |= bench.seconds
+        print(key, {k: v for k, v in known["runs"][key].items() if k != "curve"}, flush=True)
+        report(options.network, options.size, part, known)
 
 
 def _wanted(key: str, only: Sequence[str] | None) -> bool:
