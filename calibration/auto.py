@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from graphfold.calibration.explore import Exploration, Option, Progress, Route, plan_of
+from graphfold.calibration.explore import Exploration, Option, Route, plan_of
 from graphfold.calibration.judge import Verdict
 from graphfold.calibration.planning import with_version
 from graphfold.errors import BudgetError, ModelError, UsageError
 from graphfold.model import to_proto
 from graphfold.plan import Plan
 from graphfold.plot import Series, scatter
+from graphfold.progress import Progress
 from graphfold.tables import Table, make_table
 
 if TYPE_CHECKING:

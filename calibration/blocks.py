@@ -26,6 +26,7 @@ from graphfold.block_spans import BlockSpan, block_spans
 from graphfold.calibration.kernels import Profiled, interquartile_range, milliseconds
 from graphfold.errors import UsageError
 from graphfold.graph import Graph
+from graphfold.progress import Progress
 from graphfold.runtime import LARGEST_IN_MEMORY, weight_bytes
 from graphfold.tables import Table, make_table
 
@@ -38,8 +39,6 @@ _WARM_UP_RUNS = 3
 # The runtime keeps a million events of a session and drops what comes later.
 _MOST_EVENTS = 500_000
 _SMALLEST_ROUNDS = 3
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

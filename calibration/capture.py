@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from graphfold.specs import Arrays
 
 Feeds = Sequence[Mapping[str, NDArray[Any]]]
-Progress = Callable[[str, int, int], None]
 
 _SEED = 0
 

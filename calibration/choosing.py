@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from graphfold.calibration.equalise import equalise
 from graphfold.calibration.judge import Judge, Verdict, outputs_of
-from graphfold.calibration.quantize import Progress, Quantizer, Scheme
+from graphfold.calibration.quantize import Quantizer, Scheme
 from graphfold.calibration.ranges import Calibration, Feed
 from graphfold.cost import analyze
 from graphfold.graph import Graph
 from graphfold.plan import Quantize
+from graphfold.progress import Progress, no_progress
 from graphfold.tables import Table, make_table
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def choose_quantization(
     Raises:
         ModelError: the network cannot be quantized. DataError: no feeds, or none that fit.
     """
-    report = progress or _no_progress
+    report = progress or no_progress
     report("calibrating", 0, 0)
     methods = tuple(dict.fromkeys(each.method for each in calibrations))
     calibrated_on = list(calibration_batches)
@@ -216,10 +217,6 @@ def choose_quantization(
         len(feeds),
         complete,
     )
-
-
-def _no_progress(stage: str, done: int, total: int) -> None:
-    del stage, done, total
 
 
 class _Search:

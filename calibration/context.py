@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from graphfold.calibration.capture import Feeds, extract, run_part, tensor_types
 from graphfold.calibration.judge import Judge, Tally, Verdict
 from graphfold.calibration.nodetimes import NodeTimes, step_of
-from graphfold.calibration.workbench import Key, Progress, Replacement, State, Workbench
+from graphfold.calibration.workbench import Key, Replacement, State, Workbench
 from graphfold.graph import consumers
 from graphfold.model import to_proto
+from graphfold.progress import Progress
 
 # Share of the latency that one step wins, and of a place's channels that one change takes.
 _STEP = 0.06

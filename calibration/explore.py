@@ -34,13 +34,13 @@ from graphfold.calibration.workbench import Key, Replacement, State, Workbench, 
 from graphfold.candidates import find_candidates
 from graphfold.model import adopt, digest, to_proto
 from graphfold.plan import ModelReference, Plan, Quantize, read_plan
+from graphfold.progress import Progress, no_progress
 from graphfold.reasons import why_nothing_goes
 
 if TYPE_CHECKING:
     from graphfold.calibration.dataset import Dataset
     from graphfold.model import Model
 
-Progress = Callable[[str, int, int], None]
 
 _MEASURE_SECONDS = 4.0
 _QUANTIZED_ON = 128
@@ -119,7 +119,7 @@ class Exploration:
         self.threads = threads
         self.provider = provider
         self.families = families
-        self.progress = progress or _no_progress
+        self.progress = progress or no_progress
         self.seconds: dict[str, float] = {}
         self.plain_int8: Option | None = None
         self._nothing_in_float: Quantize | None = None
@@ -424,7 +424,3 @@ def _segment(key: Key, replacement: Replacement) -> dict[str, Any]:
     if replacement.rank is not None:
         found["rank"] = replacement.rank
     return found
-
-
-def _no_progress(stage: str, done: int, total: int) -> None:
-    del stage, done, total

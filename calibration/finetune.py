@@ -28,6 +28,7 @@ from graphfold.graph import Graph
 from graphfold.model import digest, to_proto
 from graphfold.optimizer import Result, load_any, optimize_model
 from graphfold.plan import Plan, PlanSource, read_plan
+from graphfold.progress import Progress
 from graphfold.tables import Table, make_table
 
 import torch  # isort: skip
@@ -43,8 +44,6 @@ _COMPARED = 10_000  # samples
 _COMPARED_TOGETHER = 100
 _VERIFIED_ON = 32  # samples
 _HELD_BACK = 10  # one sample of so many
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from graphfold.calibration.families import widths_of
 from graphfold.calibration.nodetimes import measure_nodes
 from graphfold.calibration.quantize import roughly_quantized
 from graphfold.calibration.sketch import Sketch
-from graphfold.calibration.workbench import Progress, Replacement, names_of
+from graphfold.calibration.workbench import Replacement, names_of
 from graphfold.cuts import CutLayout
 from graphfold.errors import Problem
 from graphfold.feeds import first_that_runs
 from graphfold.measures import LatencyRow, LatencyTable, Row
 from graphfold.model import adopt, to_proto
+from graphfold.progress import Progress
 from graphfold.runtime import Runnable, Session
 
 if TYPE_CHECKING:

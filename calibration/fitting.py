@@ -14,11 +14,12 @@ from graphfold.calibration.capture import Feeds
 from graphfold.calibration.channels import find_inner
 from graphfold.calibration.in_turn import fit_in_turn, is_better_in_turn
 from graphfold.calibration.sketch import Sketch
-from graphfold.calibration.workbench import Key, Progress, Replacement, State, Workbench
+from graphfold.calibration.workbench import Key, Replacement, State, Workbench
 from graphfold.errors import PlanError, Problem
 from graphfold.fitted import Fitted, SegmentFit
 from graphfold.graph import Graph
 from graphfold.plan import Plan, Segment, nearest
+from graphfold.progress import Progress
 from graphfold.reference import check_digest
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from graphfold import specs
 from graphfold.errors import UsageError
 from graphfold.feeds import describe_feed, first_that_runs
+from graphfold.progress import Progress, no_progress
 from graphfold.runtime import Runnable, Session
 from graphfold.tables import Table, make_table
 
@@ -40,8 +41,6 @@ _WARM_UP_RUNS = 3
 _WARM_UP_SECONDS = 0.2
 _PROFILED_RUNS = 20
 _FEWEST_ROUNDS = 5
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ def compare(
         raise UsageError("no model to measure")
     labels = list(names) if names else [_label(model, i) for i, model in enumerate(models)]
     block_timer = _block_timer(models, labels, provider) if blocks else None
-    report = progress or _no_progress
+    report = progress or no_progress
     with contextlib.ExitStack() as stack:
         runnables = [stack.enter_context(Runnable(model)) for model in models]
         report("loading", 0, len(models))
@@ -265,10 +264,6 @@ def _block_timer(
 
     loaded = [load_any(model) for model in models]
     return partial(measure_blocks, loaded, names, match_blocks(loaded, names, provider))
-
-
-def _no_progress(stage: str, done: int, total: int) -> None:
-    del stage, done, total
 
 
 def _label(model: Model | Path | bytes, index: int) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from graphfold.calibration.journal import Journal
 from graphfold.calibration.latency import LARGEST_SPREAD
 from graphfold.calibration.snippets import Snippet
 from graphfold.calibration.timing import Sample, Timer
-
-Progress = Callable[[str, int, int], None]
+from graphfold.progress import Progress
 
 _MOST_IN_A_BATCH = 24
 _MOST_BYTES_IN_A_BATCH = 1 << 27

@@ -22,8 +22,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from graphfold.calibration.kernels import Profiled, undisturbed
-from graphfold.calibration.workbench import Key, Progress, Replacement, State, Workbench
+from graphfold.calibration.workbench import Key, Replacement, State, Workbench
 from graphfold.graph import consumers
+from graphfold.progress import Progress
 
 # Widths at which whole networks are measured, as shares.
 SHARES = (1.0, 0.75, 0.5, 0.25)

@@ -8,7 +8,7 @@ more is given up for it than needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -17,13 +17,14 @@ from graphfold.calibration.latency import LARGEST_SPREAD, ModelLatency, compare
 from graphfold.calibration.timing import as_timed
 from graphfold.errors import BudgetError, UsageError
 from graphfold.hoisting import hoist_where_needed
+from graphfold.identity import model_reference
 from graphfold.importance import DataFree
 from graphfold.measures import ImportanceTable, LatencyTable, read_importance, read_latency
 from graphfold.methods import Method, Pieces
-from graphfold.model import digest
-from graphfold.plan import ModelReference, Plan
+from graphfold.plan import Plan
 from graphfold.planner import Planning, Point, is_measured, prepare, spread_over
 from graphfold.plot import Series, scatter
+from graphfold.progress import Progress, no_progress
 from graphfold.reference import build_reference
 from graphfold.rewrite import select_passes
 from graphfold.shared_choices import shared_choices
@@ -33,7 +34,6 @@ from graphfold.tables import Table, make_table
 if TYPE_CHECKING:
     from graphfold.model import Model
 
-Progress = Callable[[str, int, int], None]
 # Of what was asked: a plan may be so much faster before a slower one is looked for.
 LARGEST_EXCESS = 1.15
 _MOST_TRIES = 8
@@ -190,7 +190,7 @@ def make_plan(
         BudgetError: no plan is as fast as asked.
     """
     _check_arguments(importance, speedup, budget, frontier, method, boundary)
-    report = progress or _no_progress
+    report = progress or no_progress
     warnings: list[str] = []
     worth = _importance(importance)
     if latency is None:
@@ -263,10 +263,6 @@ def _importance(given: str | Path | ImportanceTable | None) -> ImportanceTable |
     return read_importance(given)
 
 
-def _no_progress(stage: str, done: int, total: int) -> None:
-    del stage, done, total
-
-
 _Chosen = tuple[Solution[Pieces], Plan, float | None]
 
 
@@ -289,9 +285,7 @@ class _Chooser:
         self.input_shapes = input_shapes
         self.progress = progress
         self.warnings: list[str] = []
-        source = model.path if model.path is not None else model
-        name = None if model.path is None else model.path.name
-        self.reference = ModelReference(name=name, sha256=digest(source))
+        self.reference = model_reference(model)
 
     def predicted(self, speedup: float) -> _Chosen:
         """What the tables say is fast enough."""

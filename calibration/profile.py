@@ -21,7 +21,7 @@ from graphfold.calibration.families import Alternatives
 from graphfold.calibration.fitted_rows import narrow_rows, sketch
 from graphfold.calibration.journal import Journal
 from graphfold.calibration.latency import LARGEST_SPREAD
-from graphfold.calibration.measuring import Measuring, Progress, is_unsteady
+from graphfold.calibration.measuring import Measuring, is_unsteady
 from graphfold.calibration.sketch import Sketch
 from graphfold.calibration.snippets import Snippet, Snippets, amounts, is_hopeless
 from graphfold.calibration.timing import DeviceTimer, Sample, Settings, Timer
@@ -32,9 +32,10 @@ from graphfold.depth_table import Ends
 from graphfold.drops import find_drops, is_drop
 from graphfold.errors import UsageError
 from graphfold.graph import Graph
+from graphfold.identity import model_reference
 from graphfold.measures import LatencyHeader, LatencyRow, LatencyTable, Row, write_table
-from graphfold.model import digest
-from graphfold.plan import Family, ModelReference
+from graphfold.plan import Family
+from graphfold.progress import Progress, no_progress
 from graphfold.sizes import resolved_shapes
 from graphfold.tables import Table, make_table
 
@@ -200,7 +201,7 @@ def profile_model(
     """
     if dtype not in _DTYPES:
         raise UsageError(f"dtype {dtype!r} cannot be profiled", hint=" and ".join(_DTYPES) + " can")
-    report = progress or _no_progress
+    report = progress or no_progress
     settings = Settings(provider, threads, batch, dict(input_shapes or {}), dtype)
     timer = make_timer(model, settings)
     report("looking for candidates", 0, 0)
@@ -239,10 +240,6 @@ def profile_model(
         continued=continued,
         left_out=entries.left_out,
     )
-
-
-def _no_progress(stage: str, done: int, total: int) -> None:
-    del stage, done, total
 
 
 # What there is to measure ---------------------------------------------------------------------
@@ -312,10 +309,7 @@ def _header(model: Model, settings: Settings, timer: Timer) -> LatencyHeader:
     return LatencyHeader(
         created_by=f"graphfold {__version__}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=ModelReference(
-            name=None if model.path is None else model.path.name,
-            sha256=digest(model if model.path is None else model.path),
-        ),
+        model=model_reference(model),
         device=timer.device,
         processor=timer.processor,
         runtime=timer.runtime,

@@ -8,7 +8,7 @@ go into the scale of the tensor they make, as onnxruntime does it, where their l
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
@@ -28,11 +28,11 @@ from graphfold.calibration.ranges import (
 from graphfold.errors import ModelError, PlanError, Problem
 from graphfold.model import adopt, to_proto
 from graphfold.plan import nearest
+from graphfold.progress import Progress
 
 if TYPE_CHECKING:
     from graphfold.model import Model
 
-Progress = Callable[[str, int, int], None]
 
 _OLDEST_OPSET = 13
 # IR versions: the first whose initializers are no inputs, and the one that operator set came with.

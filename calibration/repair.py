@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graphfold.calibration.capture import Feeds, Progress, captured, run_part
+from graphfold.calibration.capture import Feeds, captured, run_part
 from graphfold.calibration.distill import STEP_SIZE, distill
 from graphfold.calibration.distill import Progress as Step
 from graphfold.calibration.judge import Judge
@@ -24,6 +24,7 @@ from graphfold.calibration.training_images import Images, fixed_batch
 from graphfold.flow import find_flow
 from graphfold.graph import Graph
 from graphfold.model import to_proto
+from graphfold.progress import Progress
 from graphfold.repaired import Repaired
 from graphfold.specs import Arrays
 

@@ -28,15 +28,16 @@ from graphfold.calibration.journal import Journal
 from graphfold.calibration.judge import Verdict
 from graphfold.calibration.snippets import Snippets, amounts
 from graphfold.calibration.split import Split, one_sample, read_split, samples_of
-from graphfold.calibration.workbench import Key, Progress, Workbench, names_of
+from graphfold.calibration.workbench import Key, Workbench, names_of
 from graphfold.calibration.workers import Alone, Judges, Workers
 from graphfold.candidates import find_candidates
 from graphfold.cuts import cut_layout
 from graphfold.errors import UsageError
 from graphfold.graph import Graph
+from graphfold.identity import model_reference
 from graphfold.measures import ImportanceHeader, ImportanceRow, ImportanceTable, write_table
-from graphfold.model import digest
-from graphfold.plan import Family, ModelReference
+from graphfold.plan import Family
+from graphfold.progress import Progress, no_progress
 from graphfold.sizes import resolved_shapes
 from graphfold.tables import Table, make_table
 
@@ -151,7 +152,7 @@ def score_model(
         RunError: onnxruntime cannot run the model.
         OutputError: the table or its journal cannot be written.
     """
-    report = progress or _no_progress
+    report = progress or no_progress
     report("reading data", 0, 0)
     split = read_split(data)
     report("looking for candidates", 0, 0)
@@ -159,10 +160,7 @@ def score_model(
     header = ImportanceHeader(
         created_by=f"graphfold {__version__}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=ModelReference(
-            name=None if model.path is None else model.path.name,
-            sha256=digest(model if model.path is None else model.path),
-        ),
+        model=model_reference(model),
         method="regress",
         data=data.name,
     )
@@ -182,10 +180,6 @@ def score_model(
         journal.remove()
     counts = [sum(map(samples_of, feeds)) for feeds in (split.held, split.fitted)]
     return Score(table, counts[0], counts[1], continued, len(found) - len(rows))
-
-
-def _no_progress(stage: str, done: int, total: int) -> None:
-    del stage, done, total
 
 
 def _alternatives(

@@ -27,22 +27,20 @@ from graphfold.candidates import Candidates, find_candidates
 from graphfold.cuts import cut_layout
 from graphfold.errors import DataError, GraphfoldError, UsageError
 from graphfold.graph import Graph
+from graphfold.identity import model_reference
 from graphfold.measures import ImportanceHeader, ImportanceRow, ImportanceTable, write_table
 from graphfold.model import digest, to_proto
-from graphfold.plan import ModelReference
+from graphfold.progress import Progress, no_progress
 from graphfold.published_segments import check_score, join_rows
 from graphfold.published_tables import Score as Value
 from graphfold.tables import Table, make_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from graphfold.calibration.dataset import Dataset
     from graphfold.calibration.objective import Evaluation
     from graphfold.calibration.trial_training import Outcome, Work
     from graphfold.model import Model
 
-    Progress = Callable[[str, int, int], None]
 
 # LayerMerge, appendix C: of ImageNet 4 % to train on and as many to judge on, once through; of
 # CIFAR-10 1 % each, 50 times through. Both are about 200 steps.
@@ -180,7 +178,7 @@ def score_by_finetuning(
     check_executor(executor)
     chosen = _scheme(scheme, compat)
     kind = None if value is None else check_score(value)
-    report = progress or _no_progress
+    report = progress or no_progress
     report("reading data", 0, 0)
     sizes = Sizes(subset, epochs, batch_size)
     report("looking for candidates", 0, 0)
@@ -194,10 +192,7 @@ def score_by_finetuning(
     header = ImportanceHeader(
         created_by=f"graphfold {__version__}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=ModelReference(
-            name=None if model.path is None else model.path.name,
-            sha256=digest(model if model.path is None else model.path),
-        ),
+        model=model_reference(model),
         method="finetune",
         data=data.name,
     )
@@ -229,10 +224,6 @@ def score_by_finetuning(
         sum(each.held_out is None and not each.diverged for each in outcomes.values()),
         sum(each.diverged for each in outcomes.values()),
     )
-
-
-def _no_progress(stage: str, done: int, total: int) -> None:
-    del stage, done, total
 
 
 def _scheme(given: str, compat: bool) -> Scheme:

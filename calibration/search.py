@@ -33,6 +33,7 @@ from graphfold.masked_plans import BoundaryChoice, Predictions, masked_plan
 from graphfold.masking import Budget, Chooser, Mask, Per, find_masks
 from graphfold.measures import LatencyTable, read_latency
 from graphfold.model import digest
+from graphfold.progress import Progress
 
 from torch import nn  # isort: skip
 
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 # Of the published searches, in units of the mean saving of a mask: their 1e-4 times 30.
 DECAY = 3e-3
 MEASURED = "latency.json"
-
-Progress = Callable[[str, int, int], None]
 
 
 def search(

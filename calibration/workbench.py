@@ -49,12 +49,12 @@ from graphfold.errors import DataError
 from graphfold.graph import Graph
 from graphfold.model import to_proto
 from graphfold.plan import Family
+from graphfold.progress import Progress
 
 if TYPE_CHECKING:
     from graphfold.model import Model
 
 Key = tuple[str, str]
-Progress = Callable[[str, int, int], None]
 Arrays = tuple[NDArray[np.float32], ...]
 
 # Positions of every image that enter the moments: more of one image tell little that is new.

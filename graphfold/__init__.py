@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from graphfold.model import Model
     from graphfold.optimizer import Result
     from graphfold.plan import Plan, PlanSource
+    from graphfold.progress import Progress
     from graphfold.repaired import Repaired, RepairFunction
-    from graphfold.rewrite import Progress
     from graphfold.verification import Verification
 
 __all__ = [

@@ -16,11 +16,11 @@ from graphfold.candidates import Candidates
 from graphfold.cuts import cut_layout
 from graphfold.errors import PlanError
 from graphfold.graph import Graph
+from graphfold.identity import model_reference
 from graphfold.masking import Mask
 from graphfold.measures import Candidate, LatencyTable, check_names
 from graphfold.methods import Pieces, solve
-from graphfold.model import digest
-from graphfold.plan import ModelReference, Plan, Segment
+from graphfold.plan import Plan, Segment
 from graphfold.reference import build_reference
 from graphfold.resolve import resolve_plan
 from graphfold.rewrite import select_passes
@@ -140,11 +140,9 @@ def masked_plan(
             for block in blocks
             if block.pays
         ]
-    source = model.path if model.path is not None else model
-    name = None if model.path is None else model.path.name
     plan = Plan(
         graphfold_plan=1,
-        model=ModelReference(name=name, sha256=digest(source)),
+        model=model_reference(model),
         segments=stated,
         objective=objective,
     )

@@ -21,6 +21,7 @@ from graphfold.measures import LatencyTable, check_names, read_latency
 from graphfold.model import Model, compare_interfaces, load, to_proto
 from graphfold.plan import Plan, PlanSource, read_plan
 from graphfold.prices import Prices
+from graphfold.progress import Progress
 from graphfold.quantization import Quantized, QuantizeFunction, check_can_quantize
 from graphfold.reference import Reference, RetrainFunction, build_reference
 from graphfold.repaired import Repaired, RepairFunction
@@ -29,7 +30,6 @@ from graphfold.rewrite import (
     METADATA_PREFIX,
     Pass,
     PassStatistics,
-    Progress,
     Work,
     recorded_folds,
     select_passes,

@@ -11,12 +11,12 @@ from graphfold.graph import Graph, shapes_as_read
 from graphfold.merge import segment_problems
 from graphfold.model import Model, digest
 from graphfold.plan import Plan
+from graphfold.progress import Progress
 from graphfold.resolve import ResolvedPlan, resolve_plan
 from graphfold.rewrite import (
     Pass,
     PassStatistics,
     Phase,
-    Progress,
     SegmentNames,
     Work,
     run_passes,

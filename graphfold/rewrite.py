@@ -9,7 +9,7 @@ import json
 import pkgutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -22,12 +22,12 @@ from graphfold.graph import Graph, node_label
 from graphfold.maps import AffineMap
 from graphfold.plan import Boundary, nearest
 from graphfold.prices import Prices
+from graphfold.progress import Progress
 from graphfold.resolve import ResolvedPlan
 
 METADATA_PREFIX = "graphfold."
 # The last node of a merge carries what it was under this key, for `graphfold verify`.
 FOLD_KEY = f"{METADATA_PREFIX}fold"
-Progress = Callable[[str, int, int], None]
 # Far more than any graph needs: a pass that undoes another's work must not run for ever.
 _MOST_SWEEPS = 10_000
 

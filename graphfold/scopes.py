@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from graphfold.graph import SHAPES_KEY, Graph, has_reference_attributes, node_label
-from graphfold.rewrite import Pass, PassStatistics, Phase, Progress, Work, run_passes
+from graphfold.progress import Progress
+from graphfold.rewrite import Pass, PassStatistics, Phase, Work, run_passes
 
 _HIDDEN_DOMAIN = "graphfold.known_by_the_caller"
 _MOST_ROUNDS = 1_000

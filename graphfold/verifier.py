@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from graphfold.bounds import RoundingError, rounding_error
 from graphfold.comparison import ABSOLUTE_FLOOR, Difference, tolerance_for
 from graphfold.errors import DataError, ModelError
 from graphfold.feeds import as_float, describe_feed, first_that_runs, second_feed
+from graphfold.progress import Progress, no_progress
 from graphfold.runtime import OutOfMemoryError, RunError, Runnable, Session, weight_bytes
 from graphfold.specs import Arrays
 from graphfold.verification import FoldComparison, OutputComparison, Verification
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FoldComparison", "OutputComparison", "Verification", "verify"]
 
-Progress = Callable[[str, int, int], None]
 
 _COMPARISON_FACTOR = 20
 _GIVE_SIZES = "; smaller sizes can be given as input shapes"
@@ -98,7 +98,7 @@ def verify(
         folds=tuple(folds),
         affines=affines or {},
         tolerance=tolerance,
-        progress=progress or _no_progress,
+        progress=progress or no_progress,
     )
     reason = guard.avoided(guard.RUN)
     if reason is not None:
@@ -114,11 +114,6 @@ def verify(
     except (MemoryError, OutOfMemoryError):
         megabytes = guard.run_bytes(weights) // 10**6
         return job.refused(f"running the model takes more than {megabytes} MB{_GIVE_SIZES}")
-
-
-def _no_progress(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
-    del stage, done, total
 
 
 class _CannotVerifyError(Exception):

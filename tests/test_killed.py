@@ -12,21 +12,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trainable import network, pictures
+from maskable import chain, table_of
+from trainable import pictures
 
 pytest.importorskip("torch")
 
+from graphfold.measures import write_table
 from graphfold.model import load, save
 
 PLAN = {
     "graphfold_plan": 1,
     "segments": [{"input": "stem", "output": "block0", "boundary": "hoist"}],
 }
-EPOCHS = ("--epochs", "40", "--batch-size", "16")
+EPOCHS = ("--epochs", "12", "--batch-size", "16")
 # Arguments, what is written, and what lies there while the command runs.
 COMMANDS = {
     "finetune": (("--plan", "plan.json", *EPOCHS, "--no-augment"), "out.onnx", "out.onnx.partial"),
-    "search": (("--keep", "1", *EPOCHS), "out", "out/keep-1.partial"),
+    "search": (("--keep", "1", "--latency", "latency.json", *EPOCHS), "out", "out/keep-1.partial"),
     "score": (
         ("--method", "finetune", "--subset", "24", *EPOCHS, "--jobs", "1"),
         "out.json",
@@ -41,7 +43,10 @@ def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
     data = "train.npz" if name != "score" else "data.npz"
     command = [*(sys.executable, "-m", "graphfold", name, "model.onnx", "--data", data, "-q")]
     return subprocess.Popen(
-        [*command, *arguments, "-o", output], cwd=folder, start_new_session=True
+        [*command, *arguments, "-o", output],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
 
 
@@ -63,7 +68,10 @@ def without(document: object) -> object:
 def test_what_was_killed_goes_on_to_the_same_result(name, tmp_path):
     for folder in (tmp_path / "whole", tmp_path / "parts"):
         folder.mkdir()
-        save(load(network()), folder / "model.onnx")
+        model = load(chain(3))
+        save(model, folder / "model.onnx")
+        table = table_of(model, {"block0": 0.5, "block1": 1.0, "block2": 2.0})
+        write_table(table, folder / "latency.json")
         images, labels = pictures(64)
         np.savez(folder / "train.npz", x=images, labels=labels)
         np.savez(folder / "data.npz", x=images, labels=labels)
