@@ -4,7 +4,8 @@
 
 finds networks of EfficientNet-Lite0 as `auto` does (without what is held back: neither fits nor
 training see those photos), trains each on ../shared's calibration photos, quantizes the repaired
-ones, and judges all on other photos that nothing was fitted on. `--folder` keeps the networks and
+ones, and judges all on other photos that nothing was fitted on. Rows that are known are kept, unless `--again`
+is given. `--folder` keeps the networks and
 takes what is there instead of searching again. Networks that are at hand are named instead:
 `NETWORK... --original ORIGINAL`. Figures after repair are those of the trained network,
 also where the held-back photos do not confirm it and it is not kept. Counts processor seconds
@@ -12,15 +13,16 @@ beside wall time: ten minutes on two quiet cores are 1,200 of them.
 """
 
 import argparse
+import json
 import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import onnx
 import shared_data
-from common import markdown, write
 from training_free import FLOAT, MODELS, Judged, data, judged
 
 from graphfold.calibration.choosing import QuantizationChoice, choose_quantization
@@ -171,8 +173,8 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     command += "" if options.steps is None else f" --steps {options.steps}"
     command += " --int8" if options.int8 else ""
     title = "Repair by distillation: unlabelled calibration photos, judged on other photos"
-    body = markdown(columns, [shown(each) for each in rows])
-    write(options.name, title, command, body, {"rows": rows})
+    body = common.markdown(columns, [shown(each) for each in rows])
+    common.write(options.name, title, command, body, {"rows": rows})
 
 
 def main() -> None:
@@ -187,6 +189,7 @@ def main() -> None:
     parser.add_argument("--int8", action="store_true", help="quantize the repaired networks, too")
     parser.add_argument("--folder", type=Path, help="for the networks and the repaired ones")
     parser.add_argument("--name", default="repair", help="of the results")
+    parser.add_argument("--again", action="store_true", help="forget the rows that are known")
     options = parser.parse_args()
     path = options.original or shared_data.SHARED / "models" / f"{options.model}.onnx"
     original = load(path)
@@ -195,8 +198,12 @@ def main() -> None:
         read_split(data(calibration, original), for_repair=True),
         judged(original, judging),
     )
-    rows = []
+    known = common.RESULTS / f"{options.name}.json"
+    rows = json.loads(known.read_text())["rows"] if known.exists() and not options.again else []
+    there = {each["network"] for each in rows}
     for name, network in networks_of(original, options):
+        if name in there:
+            continue
         figures, repaired = row(name, network, original, split, photos, options)
         if options.folder is not None:
             options.folder.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphfold.calibration.capture import Feeds, captured, run_part
-from graphfold.calibration.distill import STEP_SIZE, distill
 from graphfold.calibration.distill import Progress as Step
+from graphfold.calibration.distill import distill
 from graphfold.calibration.judge import Judge
 from graphfold.calibration.training_images import Images, fixed_batch
 from graphfold.flow import find_flow
@@ -46,7 +46,7 @@ def repair(
     minutes: float,
     features: Sequence[str] | None = None,
     steps: int | None = None,
-    step_size: float = STEP_SIZE,
+    step_size: float | None = None,
     seed: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
@@ -61,7 +61,8 @@ def repair(
         features: inner tensors of the same name and shape in both that are matched as well;
             chosen by default: up to sixteen along the network.
         steps: make so many, as far as time allows; two runs of the same number are equal.
-        step_size: length of a step as a part of the size of the weights of an output channel.
+        step_size: length of a step as a part of the size of the weights of an output channel; by
+            default in proportion to the damage.
         seed: of the order of the samples and of what is done to them.
         threads: of torch and onnxruntime; 0 leaves it to them.
         progress: called with (stage, done, total).

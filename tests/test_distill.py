@@ -258,3 +258,17 @@ def test_small_fixed_batches_add_up_to_a_step():
     assert [len(rows) for rows in step] == [3] * 6
     teacher = classifier(batch=1)
     assert repair(damaged(teacher), load(teacher)).is_kept
+
+
+@pytest.mark.parametrize("size", [0.002, 0.15, 2.0])
+def test_steps_are_as_long_as_the_damage_is_large(size, monkeypatch):
+    lengths = []
+    original = module._ScaledAdam
+
+    def noted(student, step_size):
+        lengths.append(step_size)
+        return original(student, step_size)
+
+    monkeypatch.setattr(module, "_ScaledAdam", noted)
+    found = repair(damaged(classifier(), size), load(classifier()), steps=1, step_size=None)
+    assert lengths == [pytest.approx(min(max(3e-3 * found.before, 1e-3), 3e-3))]
