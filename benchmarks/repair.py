@@ -4,12 +4,11 @@
 
 finds networks of EfficientNet-Lite0 as `auto` does (without what is held back: neither fits nor
 training see those photos), trains each on ../shared's calibration photos, quantizes the repaired
-ones, and judges all on other photos that nothing was fitted on. Rows that are known are kept, unless `--again`
-is given. `--folder` keeps the networks and
-takes what is there instead of searching again. Networks that are at hand are named instead:
-`NETWORK... --original ORIGINAL`. Figures after repair are those of the trained network,
-also where the held-back photos do not confirm it and it is not kept. Counts processor seconds
-beside wall time: ten minutes on two quiet cores are 1,200 of them.
+ones, and judges all on other photos that nothing was fitted on. Rows that are known are kept unless
+`--again` is given; `--folder` keeps the networks and takes what is there instead of searching.
+Networks that are at hand are named instead: `NETWORK... --original ORIGINAL`. Figures after repair
+are those of the trained network, also where the held-back photos do not confirm it and it is not
+kept. Counts processor seconds beside wall time: ten minutes on two quiet cores are 1,200 of them.
 """
 
 import argparse
