@@ -165,6 +165,8 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         columns += ["INT8 speedup", "INT8 agreement"]
     given = "" if not options.network else " NETWORK... --original ORIGINAL"
     command = f"python benchmarks/repair.py{given} --threads {options.threads}"
+    if options.model != next(iter(MODELS)):
+        command += f" --model {options.model} --name {options.name}"
     if not options.network and tuple(options.speedups) != FLOAT:
         command += " --speedups " + " ".join(f"{each:g}" for each in options.speedups)
     command += f" --minutes {options.minutes:g}"
