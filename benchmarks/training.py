@@ -429,11 +429,12 @@ class Methods:
     def dropped(self, speedup: float, seed: int = 0) -> dict[str, Any]:
         """The very blocks that the search removes, dropped whole where shapes allow."""
         document = self.search_plan(speedup, seed).model_dump(mode="json", exclude_unset=True)
-        same = {(row.input, row.output) for row in self.bench.latency.rows if row.kernel == "none"}
+        graph = Graph(self.bench.original)
+        shapes = {name: graph.shape(value) for name, value in graph.values().items()}
         document["segments"] = [
             {"input": each["input"], "output": each["output"], "family": "identity"}
             for each in document["segments"]
-            if (each["input"], each["output"]) in same
+            if shapes[each["input"]] == shapes[each["output"]]
         ]
         return self.bench.train(read_plan(document), seed=seed)
 
