@@ -32,6 +32,7 @@ from graphfold.calibration.capture import Feeds, run_with_inner
 from graphfold.calibration.matching import Target, divergences, find_targets, normalised_errors
 from graphfold.calibration.training_images import Images, fixed_batch
 from graphfold.errors import UsageError
+from graphfold.specs import model_inputs
 
 # After bridge, which says what to install where it is missing.
 import torch  # isort: skip
@@ -136,7 +137,7 @@ def distill(
     targets = find_targets(student, teacher)
     names = [[target.student for target in targets], [target.teacher for target in targets]]
     learner = _prepared(bridge(student, outputs=[*names[0], *features]), device)
-    if set(learner.input_names) != _input_names(teacher):
+    if set(learner.input_names) != {each.name for each in model_inputs(teacher)}:
         raise UsageError("student and teacher do not have the same inputs")
     original = _answers(teacher, [*names[1], *features], device)
     images = Images(batches, learner.input_names, fixed_batch(student))
@@ -198,7 +199,7 @@ def _prepared(module: OnnxModule, device: str) -> OnnxModule:
 
 
 def _answers(teacher: Model, names: Sequence[str], device: str) -> Answers:
-    """The teacher's outputs and inner tensors; on a CPU onnxruntime is twice as fast as torch."""
+    """The teacher's outputs and inner tensors; on a CPU onnxruntime is faster than torch."""
     if device != "cpu":
         return _without_gradient(_prepared(bridge(teacher, outputs=names), device))
     run = run_with_inner(teacher, names, torch.get_num_threads())
@@ -216,10 +217,6 @@ def _without_gradient(module: OnnxModule) -> Answers:
             return _wide(module({name: _channels_last(item) for name, item in batch.items()}))
 
     return answer
-
-
-def _input_names(model: Model) -> set[str]:
-    return {item.name or "" for item in model.ir.graph.inputs if not item.is_initializer()}
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
