@@ -6,13 +6,14 @@
 
 A MobileNetV2 for pictures of 32 x 32 (or a small VGG) is trained from first weights, a ResNet-20
 has been trained already; then every method makes it faster, for three budgets of latency, and
-trains what it made by one recipe: random masks,
-DepthShrinker's search, Depth, LayerOnly, one after the other, LayerMerge, the blocks that the
-search removes dropped whole, networks that are narrower from the beginning (with and without the
-original as teacher), and what `auto` finds, fitted before it is trained. `--part recovery` trains
+trains what it made by one recipe: random masks, DepthShrinker's search, Depth, LayerOnly, one after
+the other, LayerMerge, the blocks that the search removes dropped whole, networks that are narrower
+from the beginning (with and without the original as teacher), and what `auto` finds, fitted before
+it is trained. `--part search` has the search beside as many random masks; `--part recovery` trains
 LayerMerge's and fitted networks for a ninth, a sixth, half and all of the epochs; `--part ablation`
 is the papers' comparison for one mask; `--part labels` trains it with labels, with a teacher, and
-with a teacher alone. What was measured is kept: an interrupted run goes on, `--again` begins anew.
+with a teacher alone. What was measured is kept: an interrupted run goes on, `--again` begins anew
+(with `--only`, those methods alone).
 
 Latency is measured in onnxruntime, one thread, in turns with the original. Accuracy is that of the
 folded network on test pictures that nothing was trained or chosen on.
@@ -46,10 +47,11 @@ from graphfold.calibration.parallel import Group
 from graphfold.calibration.recipe import Recipe
 from graphfold.calibration.samples import Samples
 from graphfold.calibration.search import search
+from graphfold.calibration.searched import Run
 from graphfold.candidates import find_candidates
 from graphfold.errors import BudgetError
 from graphfold.graph import Graph
-from graphfold.masked_plans import masked_plan
+from graphfold.masked_plans import Predictions, masked_plan
 from graphfold.masking import Budget, find_masks
 from graphfold.measures import LatencyTable, read_importance, read_latency
 from graphfold.model import Model, load, save, to_proto
@@ -71,6 +73,8 @@ class Size:
         width: multiplier of the network's channels.
         first: epochs from first weights.
         epochs: of every training after that.
+        searched: epochs of DepthShrinker's search.
+        kept: shares of the masks that are kept where the search is compared by numbers.
         rate: learning rate of both.
         speedups: budgets.
         masks: random masks for each budget.
@@ -88,6 +92,8 @@ class Size:
     width: float
     first: int
     epochs: int
+    searched: int
+    kept: tuple[float, ...]
     rate: float
     speedups: tuple[float, ...]
     masks: int
@@ -100,13 +106,14 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(400, 200, 0.5, 1, 1, 0.1, (1.15,), 1, 1, 32, 1, 80, 2, (1.15,)),
+    "tiny": Size(400, 200, 0.5, 1, 1, 2, (0.5,), 0.1, (1.15,), 1, 1, 32, 1, 80, 2, (1.15,)),
     "small": Size(
-        10_000, 2_000, 0.5, 15, 2, 0.1, (1.15, 1.3, 1.5), 3, 2, 250, 2, 1_000, 6, (1.3,)
+        10_000, 2_000, 0.5, 15, 2, 10, (0.6, 0.4), 0.1, (1.15, 1.3, 1.5), 3, 2, 250, 2, 1_000, 6,
+        (1.3,)
     ),
     "full": Size(
-        50_000, 10_000, 1.0, 60, 18, 0.1, (1.2, 1.5, 1.8), 5, 3, 2_000, 20, 2_000, 18,
-        (1.2, 1.5, 1.8),
+        50_000, 10_000, 1.0, 60, 18, 20, (0.6, 0.4), 0.1, (1.2, 1.5, 1.8), 5, 3, 2_000, 20, 2_000,
+        18, (1.2, 1.5, 1.8),
     ),
 }  # fmt: skip
 
@@ -364,7 +371,7 @@ class Methods:
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
-        self._searched: dict[tuple[float, int], Plan] = {}
+        self._searched: dict[tuple[Budget, int], Run] = {}
         self._found: dict[float, Plan] = {}
 
     def plan(self, method: str, speedup: float) -> Plan:
@@ -398,33 +405,43 @@ class Methods:
         network = _with_weights(bench.original, first.result.reference)
         return bench.train(both, model=network, epochs=half, seed=seed)
 
-    def search_plan(self, speedup: float, seed: int = 0) -> Plan:
+    def search(self, budget: Budget, seed: int = 0) -> Run:
         """DepthShrinker's search."""
-        if (speedup, seed) not in self._searched:
+        if (budget, seed) not in self._searched:
             size = self.bench.size
             found = search(
                 self.bench.original,
                 self.bench.pictures.train,
-                [Budget("speedup", speedup)],
+                [budget],
                 latency=self.bench.latency,
-                recipe=Recipe(epochs=size.epochs, learning_rate=size.rate, seed=seed),
+                recipe=Recipe(epochs=size.searched, learning_rate=size.rate, seed=seed),
                 group=self.bench.group,
             )
-            self._searched[speedup, seed] = found.runs[0].plan
-        return self._searched[speedup, seed]
+            self._searched[budget, seed] = found.runs[0]
+        return self._searched[budget, seed]
 
-    def searched(self, speedup: float, seed: int = 0) -> dict[str, Any]:
+    def search_plan(self, speedup: float, seed: int = 0) -> Plan:
+        """The plan of a search for a speedup."""
+        return self.search(Budget("speedup", speedup), seed).plan
+
+    def searched(self, budget: Budget, seed: int = 0) -> dict[str, Any]:
         """The search, and its plan trained."""
-        return self.bench.train(self.search_plan(speedup, seed), seed=seed)
+        run = self.search(budget, seed)
+        return self.bench.train(run.plan, seed=seed) | _chosen(run.last.kept, run.latency)
 
-    def random(self, speedup: float, seed: int = 0) -> dict[str, Any]:
-        """As many masks off as in the search of the same seed, any of them."""
+    def random(self, budget: Budget, seed: int = 0) -> dict[str, Any]:
+        """As many masks on as after the search, any of them, merged by the same table."""
         bench = self.bench
-        count = len(self.search_plan(speedup, seed % bench.size.seeds).segments)
-        rng = np.random.default_rng([seed, round(100 * speedup)])
-        gone = frozenset(rng.choice(len(bench.masks), count, replace=False).tolist())
-        plan = masked_plan(bench.original, bench.masks, gone, None, boundary="auto", objective={})
-        return bench.train(plan, seed=seed)
+        count = round(budget.value)
+        if budget.unit != "keep":
+            count = sum(self.search(budget, seed % bench.size.seeds).last.kept)
+        rng = np.random.default_rng([seed, round(100 * budget.value)])
+        on = frozenset(rng.choice(len(bench.masks), count, replace=False).tolist())
+        gone = frozenset(range(len(bench.masks))) - on
+        predictions = Predictions(bench.candidates, bench.masks, bench.latency)
+        plan = masked_plan(bench.original, bench.masks, gone, predictions)
+        kept = [at in on for at in range(len(bench.masks))]
+        return bench.train(plan, seed=seed) | _chosen(kept, predictions.latency(gone))
 
     def dropped(self, speedup: float, seed: int = 0) -> dict[str, Any]:
         """The very blocks that the search removes, dropped whole where shapes allow."""
@@ -459,6 +476,11 @@ class Methods:
         return self.bench.train(self._found[speedup], seed=seed, epochs=epochs)
 
 
+def _chosen(kept: Sequence[bool], latency: float | None) -> dict[str, Any]:
+    """Which masks a network has on, and what the table says of it."""
+    return {"kept": [int(on) for on in kept], "predicted_ms": latency}
+
+
 def _with_weights(model: Model, trained: Model) -> Model:
     """The model with the weights of a changed one where they have the same name and shape."""
     proto = to_proto(model)
@@ -480,22 +502,36 @@ def table_runs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
         def add(
             name: str,
             count: int,
-            run: Callable[[float, int], dict[str, Any]],
+            run: Callable[..., dict[str, Any]],
             speedup: float = speedup,
         ) -> None:
             for seed in range(count):
-                runs[f"{name}|{speedup:g}|{seed}"] = partial(run, speedup, seed)
+                runs[f"{name}|{speedup:g}|{seed}"] = partial(run, seed=seed)
 
-        add("DepthShrinker's search", size.seeds, methods.searched)
-        add("random masks", size.masks, methods.random)
-        add("the search's blocks dropped", 1, methods.dropped)
+        budget = Budget("speedup", speedup)
+        add("DepthShrinker's search", size.seeds, partial(methods.searched, budget))
+        add("random masks", size.masks, partial(methods.random, budget))
+        add("the search's blocks dropped", 1, partial(methods.dropped, speedup))
         for method, name in METHODS.items():
-            add(name, 1, partial(methods.planned, method))
-        add("Depth, then LayerOnly", 1, methods.one_after_the_other)
-        add("fitted, then trained", 1, methods.fitted)
+            add(name, 1, partial(methods.planned, method, speedup))
+        add("Depth, then LayerOnly", 1, partial(methods.one_after_the_other, speedup))
+        add("fitted, then trained", 1, partial(methods.fitted, speedup))
         if speedup in size.narrowed:
-            add("narrower, from first weights", 1, methods.narrower)
-            add("narrower, with the teacher", 1, partial(methods.narrower, teach=True))
+            add("narrower, from first weights", 1, partial(methods.narrower, speedup))
+            add("narrower, with the teacher", 1, partial(methods.narrower, speedup, teach=True))
+    return runs
+
+
+def search_runs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
+    """The search beside random masks, for so many masks that are kept."""
+    methods = Methods(bench)
+    runs: dict[str, Callable[[], dict[str, Any]]] = {}
+    for share in bench.size.kept:
+        budget = Budget("keep", round(share * len(bench.masks)))
+        for seed in range(3):
+            key = f"{budget.value:g}|{seed}"
+            runs[f"DepthShrinker's search|{key}"] = partial(methods.searched, budget, seed)
+            runs[f"random masks|{key}"] = partial(methods.random, budget, seed)
     return runs
 
 
@@ -562,12 +598,14 @@ def label_runs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
 METHODS = {"depth": "Depth", "layer-only": "LayerOnly", "layermerge": "LayerMerge"}
 TITLES = {
     "table": "accuracy against measured latency",
+    "search": "searched against random masks",
     "recovery": "shares of the training",
     "ablation": "one mask, from pretrained and from first weights",
     "labels": "what labels and the teacher bring",
 }
 PARTS = {
     "table": table_runs,
+    "search": search_runs,
     "recovery": recovery_runs,
     "ablation": ablation_runs,
     "labels": label_runs,
@@ -648,8 +686,12 @@ def run_part(bench: Bench, part: str, options: argparse.Namespace) -> None:
     """Everything of a part that is not known yet."""
     path = common.RESULTS / f"{results_name(options.network, options.size, part)}.json"
     known: dict[str, Any] = {"runs": {}, "seconds": {}}
-    if path.exists() and not options.again:
+    if path.exists() and not (options.again and options.only is None):
         known = json.loads(path.read_text())
+    if options.again:
+        known["runs"] = {
+            key: run for key, run in known["runs"].items() if not _wanted(key, options.only)
+        }
     if "original" not in known:
         known["original"] = bench.train(None, epochs=1, teach=False)["before"]
     for key, run in PARTS[part](bench).items():

@@ -184,7 +184,9 @@ def predicted(explored: Exploration, route: Route) -> dict[str, Any]:
     """Damage of whole networks: what singles sum up to, what steps predicted, what was measured."""
     options = route.options[1:]
     changes = sorted({item for each in options for item in each.state.items()}, key=str)
-    singles = dict(zip(changes, explored.context.damages({}, changes, None), strict=True))
+    singles = dict(
+        zip(changes, explored.context.damages({}, [dict([item]) for item in changes]), strict=True)
+    )
     summed = [sum(singles[item] for item in each.state.items()) for each in options]
     steps = [each.predicted_damage or 0.0 for each in options]
     measured = [each.verdict.damage for each in options]

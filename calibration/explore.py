@@ -17,12 +17,11 @@ import onnx
 
 from graphfold.calibration.capture import run_part
 from graphfold.calibration.choosing import QuantizationChoice, choose_quantization, settings_of
-from graphfold.calibration.context import Context, Point, Search, smallest_drops
+from graphfold.calibration.context import Context, smallest_drops
 from graphfold.calibration.judge import Judge, Verdict
 from graphfold.calibration.latency import compare
 from graphfold.calibration.nodetimes import NodeTimes, measure_nodes
 from graphfold.calibration.planned import quantized_as
-from graphfold.calibration.quantize import roughly_quantized
 from graphfold.calibration.split import (
     at_most,
     one_sample,
@@ -30,6 +29,7 @@ from graphfold.calibration.split import (
     read_split,
     samples_of,
 )
+from graphfold.calibration.walk import Point, Search
 from graphfold.calibration.workbench import Key, Replacement, State, Workbench, names_of
 from graphfold.candidates import find_candidates
 from graphfold.model import adopt, digest, to_proto
@@ -48,6 +48,8 @@ _QUANTIZED_ON = 128
 _FURTHER = 1.005
 # More than this beyond what was asked is worth another try: it is paid for in agreement.
 _NEAR = 1.01
+# Damage for all of the latency, at the rate of first steps that are cheap.
+_FIRST_PRICE = 0.2
 # Networks of a frontier that are measured, the furthest among them.
 _MOST_MEASURED = 6
 
@@ -187,18 +189,43 @@ class Exploration:
         Raises:
             ModelError: the model cannot be quantized.
         """
-        plain = self.measured(self.quantized({}, None, time_budget))
+        plain = self.with_speedup(self.quantized({}, None, time_budget))
         if self._nothing_in_float != plain.quantize:
-            self.plain_int8 = self.measured(self.quantized({}, self._nothing_in_float))
+            self.plain_int8 = self.with_speedup(self.quantized({}, self._nothing_in_float))
         else:
             self.plain_int8 = plain
-        search = Search(self.context, self._times(self._roughly), self.families)
+        start = self._cheaper(plain)
+        settings = start.quantize
+        assert settings is not None
+        times = self._times(lambda proto: self._quantized_for_timing(proto, settings))
+        search = Search(self.context, times, self.families)
 
         def option(point: Point) -> Option:
-            found = Option("int8", point.state, plain.speedup * point.speedup, point.verdict)
-            return replace(found, predicted_damage=point.predicted_damage, quantize=plain.quantize)
+            found = Option("int8", point.state, start.speedup * point.speedup, point.verdict)
+            return replace(found, predicted_damage=point.predicted_damage, quantize=settings)
 
-        return Route(self, search, plain, option)
+        route = Route(self, search, start, option)
+        if start is not plain:
+            route.options.insert(0, plain)
+        return route
+
+    def _cheaper(self, option: Option) -> Option:
+        """The network in INT8 without what costs more in float than a first step would win.
+
+        What was left in float last saves least, and may be in the way of every network to come.
+        """
+        settings = option.quantize
+        assert settings is not None
+        for left in range(len(settings.keep_float) - 2, -2, -2):
+            kept = settings.keep_float[: max(0, left)]
+            fewer = settings.model_copy(update={"keep_float": kept})
+            found = self.with_speedup(self.quantized(option.state, fewer))
+            saved = 1 / option.speedup - 1 / found.speedup
+            added = found.verdict.damage - option.verdict.damage
+            if saved <= 0 or added > _FIRST_PRICE * saved * option.speedup:
+                break
+            option = found
+        return option
 
     def _times(self, convert: Callable[[onnx.ModelProto], onnx.ModelProto] | None) -> NodeTimes:
         return measure_nodes(
@@ -209,9 +236,6 @@ class Exploration:
             convert=convert,
             progress=self.progress,
         )
-
-    def _roughly(self, proto: onnx.ModelProto) -> onnx.ModelProto:
-        return to_proto(roughly_quantized(adopt(proto, check=False), self.timed))
 
     def quantized(
         self, state: State, settings: Quantize | None, time_budget: float | None = None
@@ -234,6 +258,7 @@ class Exploration:
             self._nothing_in_float = settings_of(choice.plain.scheme)
         else:
             self.progress("quantizing", 0, 0)
+            settings = _still_there(settings, folded)
             network = quantized_as(folded, feeds, settings)
         return Option("int8", state, 1.0, self.judged(to_proto(network)), quantize=settings)
 
@@ -256,8 +281,15 @@ class Exploration:
         Quantizing looks at many inputs, so on the way a network is judged in float.
         """
         if option.quantize is not None and not option.measured:
-            judged = self.quantized(option.state, option.quantize)
-            option = replace(option, verdict=judged.verdict)
+            option = replace(
+                self.quantized(option.state, option.quantize),
+                predicted_damage=option.predicted_damage,
+                speedup=option.speedup,
+            )
+        return self.with_speedup(option)
+
+    def with_speedup(self, option: Option) -> Option:
+        """The option, judged already, with its speedup over the model measured."""
         self.progress("measuring speedup", 0, 0)
         proto = self.bench.build(option.state)
         if option.quantize is not None:
@@ -275,8 +307,16 @@ class Exploration:
     def _quantized_for_timing(self, proto: onnx.ModelProto, settings: Quantize) -> onnx.ModelProto:
         """With the ranges of one feed: latency depends neither on them nor on channels' scales."""
         plain = {"calibration": "minmax", "percentile": None, "equalise": False}
-        quick = settings.model_copy(update=plain)
-        return to_proto(quantized_as(adopt(proto, check=False), [self.timed], quick))
+        network = adopt(proto, check=False)
+        quick = _still_there(settings, network).model_copy(update=plain)
+        return to_proto(quantized_as(network, [self.timed], quick))
+
+
+def _still_there(settings: Quantize, network: Model) -> Quantize:
+    """The settings without tensors to keep in float that are gone with a segment."""
+    made = {value.name for node in network.ir.graph for value in node.outputs}
+    kept = [name for name in settings.keep_float if name in made]
+    return settings.model_copy(update={"keep_float": kept})
 
 
 class Route:

@@ -166,4 +166,7 @@ def _measure(task: _Task) -> list[Verdict]:
 
 
 def _verdicts(context: Context, changes: Sequence[Change]) -> list[Verdict]:
-    return [tally.verdict() for tally in context.tallies({}, changes, None)]
+    return [
+        tally.verdict()
+        for tally in context.tallies({}, [dict([change]) for change in changes], None)
+    ]

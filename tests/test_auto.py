@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,11 @@ import graphfold
 from graphfold.calibration import explore
 from graphfold.calibration.auto import auto, find_plan
 from graphfold.calibration.choosing import DEFAULT_CALIBRATIONS
+from graphfold.calibration.context import smallest_drops
 from graphfold.calibration.dataset import read_dataset
-from graphfold.calibration.explore import Exploration
+from graphfold.calibration.explore import Exploration, Option
+from graphfold.calibration.planned import quantized_as, scheme_of
+from graphfold.calibration.workbench import Replacement
 from graphfold.cli import main
 from graphfold.errors import BudgetError, DataError, UsageError
 from graphfold.model import load, to_proto
@@ -26,20 +30,24 @@ from graphfold.specs import model_inputs
 
 # How much faster INT8 is on the device that is made up.
 INT8 = 1.6
+# And how much of that each operator takes away that stays in float.
+IN_FLOAT = 0.1
 
 
 @pytest.fixture(autouse=True)
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device whose latencies are multiply-adds, nearly as predicted."""
 
-    def measured(self: Exploration, option: Any) -> Any:
+    def with_speedup(self: Exploration, option: Any) -> Any:
         times = by_macs(self.bench)
         speedup = 0.97 * times.whole / times.predict(option.state) if option.state else 1.0
-        factor = INT8 if option.dtype == "int8" else 1.0
+        factor = 1.0
+        if option.dtype == "int8":
+            factor = INT8 - IN_FLOAT * len(option.quantize.keep_float)
         return replace(option, speedup=speedup * factor, measured=True)
 
     monkeypatch.setattr(explore, "measure_nodes", lambda bench, *_, **__: by_macs(bench))
-    monkeypatch.setattr(Exploration, "measured", measured)
+    monkeypatch.setattr(Exploration, "with_speedup", with_speedup)
 
 
 @pytest.fixture(scope="module")
@@ -203,16 +211,54 @@ def test_a_fitted_plan_without_data_is_one_message(files, tmp_path, capfd):
 
 
 def test_a_device_that_is_faster_than_predicted_is_not_walked_too_far(files, monkeypatch):
-    def measured(self: Exploration, option: Any) -> Any:
+    def with_speedup(self: Exploration, option: Any) -> Any:
         times = by_macs(self.bench)
         return replace(
             option, speedup=1.1 * times.whole / times.predict(option.state), measured=True
         )
 
-    monkeypatch.setattr(Exploration, "measured", measured)
+    monkeypatch.setattr(Exploration, "with_speedup", with_speedup)
     found = find_plan(*arguments(files), speedup=1.3)
     # Predicted alone, at least 1.3 would have been taken, which is 1.43 on this device.
     assert 1.3 <= found.chosen.speedup < 1.42
+
+
+def test_what_is_kept_in_float_goes_with_the_segment_that_holds_it(files):
+    explored = Exploration(*arguments(files))
+    explored.fit()
+    dropped = {smallest_drops(explored.bench)[0]: Replacement("identity")}
+    settings = Quantize(dtype="int8", calibration="minmax", keep_float=["projected0", "projected1"])
+    option = Option("int8", dropped, 1.0, explored.original().verdict, quantize=settings)
+    found = explored.measured(option)
+    assert found.measured
+    assert found.quantize.keep_float == ["projected1"]
+    assert found.verdict != option.verdict
+
+
+@pytest.mark.parametrize(("price", "left"), [(0.0, 3), (1e6, 0)])
+def test_what_is_slow_in_float_is_not_kept_on_the_way(files, monkeypatch, price, left):
+    monkeypatch.setattr(explore, "_FIRST_PRICE", price)
+    kept = ["projected0", "projected1", "y"]
+    settings = Quantize(dtype="int8", calibration="minmax", keep_float=kept)
+    monkeypatch.setattr(
+        explore,
+        "choose_quantization",
+        lambda model, feeds, *_, **__: fixed_choice(model, feeds, settings),
+    )
+    explored = Exploration(*arguments(files))
+    explored.fit()
+    plain, *others = explored.int8_route().options
+    assert plain.quantize.keep_float == kept
+    found = others[-1] if others else plain
+    assert len(found.quantize.keep_float) == left
+    assert found.speedup == pytest.approx(INT8 - IN_FLOAT * left)
+
+
+def fixed_choice(model, feeds, settings):
+    """As if these settings had been found."""
+    plain = SimpleNamespace(scheme=scheme_of(settings.model_copy(update={"keep_float": []})))
+    network = quantized_as(model, feeds, settings)
+    return SimpleNamespace(settings=settings, model=network, plain=plain)
 
 
 def test_never_less_agreement_than_int8_by_its_best_calibration(files):

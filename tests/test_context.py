@@ -12,15 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from searchable import by_macs, feeds, network
 
-from graphfold.calibration import context as module
-from graphfold.calibration.context import (
-    Context,
-    Search,
-    changed_state,
-    cheapest,
-    smallest_drops,
-    touched,
-)
+from graphfold.calibration import walk as module
+from graphfold.calibration.context import Context, changed_state, smallest_drops, touched
+from graphfold.calibration.walk import Move, Search, cheapest
 from graphfold.calibration.workbench import Replacement, Workbench
 from graphfold.model import load
 
@@ -49,13 +43,14 @@ def test_a_damage_is_the_same_from_the_start_and_from_its_place_on(bench, monkey
         (inner[2], Replacement("narrow", 32)),
         (drops[1], Replacement("identity")),
     ]
-    expected = [context.verdict({**state, key: each}).damage for key, each in moves]
+    others = [{**state, key: each} for key, each in moves]
+    expected = [context.verdict(each).damage for each in others]
     assert min(expected) > 0
-    found = context.damages(state, moves, None)
+    found = context.damages(state, others)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-7)
     # With memory for one feed at a time, too.
     monkeypatch.setattr(context, "_memory", 1)
-    np.testing.assert_allclose(context.damages(state, moves, None), expected, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(context.damages(state, others), expected, rtol=1e-3, atol=1e-7)
 
 
 def test_no_change_does_no_damage(bench):
@@ -85,7 +80,7 @@ def test_a_walk_gets_faster_step_by_step_and_says_what_it_measured(bench):
     for point in search.points:
         assert context.verdict(point.state).damage == pytest.approx(point.verdict.damage)
         dropped = [key for key, each in point.state.items() if each.family == "identity"]
-        gone = {inner for key in dropped for inner in search._inside(key)}
+        gone = {inner for key in dropped for inner in touched(bench, key)}
         assert not gone & point.state.keys()
 
 
@@ -105,7 +100,7 @@ def test_a_step_takes_the_cheapest_change(bench, monkeypatch):
     context = Context(bench, feeds(3, 6), threads=1)
     search = Search(context, by_macs(bench))
     moves = search._moves({})
-    damages = context.damages({}, [(move.key, move.replacement) for move in moves], None)
+    damages = context.damages({}, [{move.key: move.replacement} for move in moves])
     search.step(0.0)
     assert search.present.verdict.damage == pytest.approx(min(damages), rel=1e-3, abs=1e-9)
 
@@ -140,10 +135,7 @@ def test_families_limit_what_is_chosen(bench):
 @settings(max_examples=200, deadline=None)
 def test_the_cheapest_set_is_that_of_brute_force(groups, wanted):
     moves = [
-        [
-            module._Move(("a", str(number)), Replacement("identity"), gain, damage)
-            for damage, gain in group
-        ]
+        [Move(("a", str(number)), Replacement("identity"), gain, damage) for damage, gain in group]
         for number, group in enumerate(groups)
     ]
     best = None
@@ -212,7 +204,7 @@ def test_places_that_share_operators_exclude_each_other(chain):
         found = changed_state(chain, state, drop, Replacement("identity"))
         assert found == {drop: Replacement("identity")}
         expected = context.verdict(found).damage
-        (damage,) = context.damages(state, [(drop, Replacement("identity"))])
+        (damage,) = context.damages(state, [found])
         assert damage == pytest.approx(expected, rel=1e-3)
 
 
@@ -237,4 +229,4 @@ def test_outputs_that_a_change_does_not_reach_stay(chain):
     move = (behind[0], Replacement("narrow", 8))
     expected = context.verdict(dict([move])).damage
     assert expected > 0
-    np.testing.assert_allclose(context.damages({}, [move]), expected, rtol=1e-3)
+    np.testing.assert_allclose(context.damages({}, [dict([move])]), expected, rtol=1e-3)
