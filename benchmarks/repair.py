@@ -174,6 +174,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     command += "" if options.steps is None else f" --steps {options.steps}"
     command += " --int8" if options.int8 else ""
     title = "Repair by distillation: unlabelled calibration photos, judged on other photos"
+    rows = sorted(rows, key=lambda each: each["speedups"][0])
     body = common.markdown(columns, [shown(each) for each in rows])
     common.write(options.name, title, command, body, {"rows": rows})
 

@@ -223,3 +223,22 @@ def test_the_fastest_network_that_a_table_knows_can_be_folded():
     assert fastest is not None
     assert any(segment.norm == "after" for segment in fastest.plan.segments)
     assert isinstance(fold_fastest(model, fastest), Model)
+
+
+def test_a_trial_has_the_last_normalisation_where_the_plan_puts_it():
+    pytest.importorskip("torch")
+    from graphfold.calibration.trial_training import changed_network
+    from graphfold.calibration.trials import find_trials
+
+    model = load(small())
+    candidates = find_candidates(Graph(model))
+    after = {
+        (each.input.name, each.output.name) for each in candidates.found if each.norm == "after"
+    }
+    trials = find_trials(candidates, cut_layout(candidates), "layermerge")
+    merging = [trial for trial in trials if (trial.row.input, trial.row.output) in after]
+    assert merging
+    assert all(each.norm == "after" for trial in merging for each in trial.plan.segments)
+    whole = op_types(to_proto(model)).count("InstanceNormalization")
+    changed = to_proto(changed_network(model, merging[0], 0))
+    assert op_types(changed).count("InstanceNormalization") == whole
