@@ -10,10 +10,10 @@ trains what it made by one recipe: random masks, DepthShrinker's search, Depth, 
 the other, LayerMerge, the blocks that the search removes dropped whole, networks that are narrower
 from the beginning (with and without the original as teacher), and what `auto` finds, fitted before
 it is trained. `--part search` has the search beside as many random masks; `--part recovery` trains
-LayerMerge's and fitted networks for a ninth, a sixth, half and all of the epochs; `--part ablation`
-is the papers' comparison for one mask; `--part labels` trains it with labels, with a teacher, and
-with a teacher alone. What was measured is kept: an interrupted run goes on, `--again` begins anew
-(with `--only`, those methods alone).
+merged and fitted networks for a ninth to all of the epochs; `--part ablation` is the papers'
+comparison for one mask; `--part labels` trains it with labels, with a teacher, and with a teacher
+alone. What was measured is kept: an interrupted run goes on, `--again` begins anew (with `--only`,
+those methods alone).
 
 Latency is measured in onnxruntime, one thread, in turns with the original. Accuracy is that of the
 folded network on test pictures that nothing was trained or chosen on.
@@ -479,6 +479,19 @@ class Methods:
         return self.bench.train(self._found[speedup], seed=seed, epochs=epochs)
 
 
+def refitted(plan: Plan) -> Plan:
+    """The merged segments of a plan with fitted weights."""
+    document = plan.model_dump(mode="json", exclude_unset=True)
+    stays = ("input", "output", "family", "kernel")
+    document["segments"] = [
+        each
+        if each.get("family") == "identity"
+        else {**{key: each[key] for key in stays if key in each}, "weights": "regress"}
+        for each in document["segments"]
+    ]
+    return read_plan(document)
+
+
 def _chosen(kept: Sequence[bool], latency: float | None) -> dict[str, Any]:
     """Which masks a network has on, and what the table says of it."""
     return {"kept": [int(on) for on in kept], "predicted_ms": latency}
@@ -549,10 +562,19 @@ def recovery_runs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
     def fitted(epochs: int) -> dict[str, Any]:
         return methods.fitted(speedup, epochs=epochs)
 
+    def fitted_plan(epochs: int) -> dict[str, Any]:
+        original = bench.original
+        plan = refitted(methods.plan("layermerge", speedup))
+        data = bench.pictures.dataset(original, size.calibrated)
+        feeds = [dict(batch.feed) for batch in data.batches(50)]
+        network = graphfold.optimize(original, plan, data=feeds, verify=False).folded
+        return bench.train(None, model=network, epochs=epochs)
+
     runs = {}
-    for share in (1 / 9, 1 / 6, 1 / 2, 1.0):
+    for share in (1 / 9, 1 / 6, 1 / 3, 1 / 2, 1.0):
         epochs = max(1, round(size.recovery * share))
         runs[f"LayerMerge|{epochs}|0"] = partial(merged, epochs)
+        runs[f"LayerMerge's plan, fitted|{epochs}|0"] = partial(fitted_plan, epochs)
         runs[f"fitted|{epochs}|0"] = partial(fitted, epochs)
     return runs
 
