@@ -270,7 +270,14 @@ def main() -> None:
         }
         body, results = compare(model, tables, settings)
     title = "Importance tables of a MobileNetV2 for 32x32"
-    common.write("importance", title, COMMAND, body, {"settings": vars(settings), **results})
+    defaults = vars(parser.parse_args([]))
+    changed = [
+        f" --{name.replace('_', '-')} {value:g}"
+        for name, value in vars(settings).items()
+        if value != defaults[name]
+    ]
+    command = COMMAND + "".join(changed)
+    common.write("importance", title, command, body, {"settings": vars(settings), **results})
 
 
 if __name__ == "__main__":
