@@ -155,7 +155,8 @@ def _percent(share: float | None) -> str:
 
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Write what there is so far."""
+    """Write what there is so far, rows of earlier runs among it."""
+    rows = sorted(rows, key=lambda each: each["speedups"][0])
     columns = [
         *("network", "speedup", "agreement before", "after", "top-1 before", "after"),
         *("KL before", "after", "held back before", "after", "kept", "steps"),
@@ -167,14 +168,14 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     command = f"python benchmarks/repair.py{given} --threads {options.threads}"
     if options.model != next(iter(MODELS)):
         command += f" --model {options.model} --name {options.name}"
-    if not options.network and tuple(options.speedups) != FLOAT:
-        command += " --speedups " + " ".join(f"{each:g}" for each in options.speedups)
+    found = [each["network"].removesuffix("x") for each in rows]
+    if not options.network and found != [f"{each:g}" for each in FLOAT]:
+        command += " --speedups " + " ".join(found)
     command += f" --minutes {options.minutes:g}"
     command += "" if options.folder is None else " --folder FOLDER"
     command += "" if options.steps is None else f" --steps {options.steps}"
     command += " --int8" if options.int8 else ""
     title = "Repair by distillation: unlabelled calibration photos, judged on other photos"
-    rows = sorted(rows, key=lambda each: each["speedups"][0])
     body = common.markdown(columns, [shown(each) for each in rows])
     common.write(options.name, title, command, body, {"rows": rows})
 
