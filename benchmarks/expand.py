@@ -132,7 +132,7 @@ def table(runs: list[dict[str, Any]], seeds: int) -> str:
     """Means, spread over the seeds, and gains over plain training from the same first weights."""
     plain = {run["seed"]: run["accuracy"] for run in runs if run["variant"] == "plain"}
     rows = []
-    for variant in VARIANTS:
+    for variant in dict.fromkeys(run["variant"] for run in runs):
         own = [run for run in runs if run["variant"] == variant]
         accuracies = [100 * run["accuracy"] for run in own]
         gains = [100 * (run["accuracy"] - plain[run["seed"]]) for run in own]
@@ -161,6 +161,7 @@ def table(runs: list[dict[str, Any]], seeds: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS[1:], default=VARIANTS[1:])
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--samples", type=int, default=10_000, help="to train on")
     parser.add_argument("--test", type=int, default=10_000, help="to judge on")
@@ -175,7 +176,7 @@ def main() -> None:
     data = cifar("train", options.samples), cifar("test", options.test)
     runs = []
     for seed in range(options.seeds):
-        for variant in VARIANTS:
+        for variant in [VARIANTS[0], *options.variants]:
             runs.append(train(variant, seed, data, options))
             last = runs[-1]
             print(seed, variant, f"{100 * last['accuracy']:.2f} %", f"{last['seconds']:.0f} s",
@@ -183,6 +184,8 @@ def main() -> None:
     command = f"python benchmarks/expand.py --seeds {options.seeds} --epochs {options.epochs}"
     command += f" --samples {options.samples} --test {options.test} --ratio {options.ratio:g}"
     command += f" --anneal {options.anneal[0]:g} {options.anneal[1]:g}"
+    if tuple(options.variants) != VARIANTS[1:]:
+        command += f" --variants {' '.join(options.variants)}"
     command += f" --learning-rate {options.learning_rate:g}"
     command += f" --weight-decay {options.weight_decay:g} --threads {options.threads}"
     title = "Expanded convolutions on CIFAR-10: a small VGG from scratch, folded to one structure"

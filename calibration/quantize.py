@@ -55,7 +55,7 @@ class Scheme:
     Attributes:
         calibration: how activations' ranges are found.
         per_channel: a scale per output channel of each weight, instead of one.
-        keep_float: tensors whose operators stay in float, sorted.
+        keep_float: tensors whose operators stay in float, those that saved most first.
         equalise: whether channels are scaled first, see `graphfold.calibration.equalise`.
     """
 
