@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from graphfold.calibration.narrow import narrow, weights_for
@@ -47,6 +47,8 @@ def test_streamed_moments_are_those_of_all_rows_at_once():
 @settings(max_examples=30, deadline=None)
 def test_a_fit_without_ridge_is_least_squares(seed, features, targets):
     x, y = rows(seed, features=features, targets=targets)
+    # What nearly repeats itself determines no weights.
+    assume(np.linalg.cond(x - x.mean(axis=0)) < 100)
     fit = fit_linear(moments_of(x, y), 0.0)
     expected, *_ = np.linalg.lstsq(np.column_stack([x, np.ones(len(x))]), y, rcond=None)
     np.testing.assert_allclose(fit.weight, expected[:-1].T, atol=1e-4)
