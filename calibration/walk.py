@@ -12,7 +12,6 @@ little is missed, and most of the time is saved.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -92,10 +91,7 @@ class Search:
         self._narrows = "narrow" in families
         self._dear: dict[tuple[Key, Replacement], int] = {}
         self._round = 0
-        self._price: float | None = None
-        verdict = context.verdict({})
-        whole = times.whole
-        self.points = [Point({}, whole, 1.0, verdict, 0.0)]
+        self.points = [Point({}, times.whole, 1.0, context.verdict({}), 0.0)]
 
     @property
     def present(self) -> Point:
@@ -224,23 +220,6 @@ class Search:
         for move in moves:
             if move.damage / move.gain > _DEAR * max(price, 0.0):
                 self._dear[move.key, move.replacement] = self._round + _PASSED_OVER
-
-    def walk(
-        self,
-        speedup: float,
-        *,
-        seconds: float | None = None,
-        progress: Progress | None = None,
-    ) -> Point:
-        """Walk until the predicted speedup is reached, nothing is left, or time is up."""
-        started = time.monotonic()
-        goal = self.times.whole / speedup
-        while self.present.latency > goal * (1 + 1e-9):
-            if seconds is not None and time.monotonic() - started > seconds:
-                break
-            if not self.step(goal, progress):
-                break
-        return self.present
 
 
 def cheapest(groups: Iterable[Sequence[Move]], wanted: float) -> list[Move]:

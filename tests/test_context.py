@@ -14,7 +14,7 @@ from searchable import by_macs, feeds, network
 
 from graphfold.calibration import walk as module
 from graphfold.calibration.context import Context, changed_state, smallest_drops, touched
-from graphfold.calibration.walk import Move, Search, cheapest
+from graphfold.calibration.walk import Move, Point, Search, cheapest
 from graphfold.calibration.workbench import Replacement, Workbench
 from graphfold.model import load
 
@@ -25,6 +25,14 @@ def bench() -> Workbench:
     found.collect(feeds(12, 0), threads=1)
     found.prepare()
     return found
+
+
+def walked(search: Search, speedup: float) -> Point:
+    """Where a walk ends that goes on until it is as fast, or nothing is left."""
+    while search.present.speedup < speedup * (1 - 1e-9):
+        if not search.step(search.times.whole / speedup):
+            break
+    return search.present
 
 
 def test_what_there_is_to_change(bench):
@@ -72,7 +80,7 @@ def test_several_blocks_can_go_whatever_their_order(bench):
 def test_a_walk_gets_faster_step_by_step_and_says_what_it_measured(bench):
     context = Context(bench, feeds(4, 4), threads=1)
     search = Search(context, by_macs(bench))
-    last = search.walk(1.8)
+    last = walked(search, 1.8)
     assert last.speedup >= 1.8
     speeds = [point.speedup for point in search.points]
     assert speeds == sorted(speeds)
@@ -108,7 +116,7 @@ def test_a_step_takes_the_cheapest_change(bench, monkeypatch):
 def test_a_walk_ends_where_nothing_is_left(bench):
     context = Context(bench, feeds(2, 7), threads=1)
     search = Search(context, by_macs(bench), ["narrow"])
-    last = search.walk(1e6)
+    last = walked(search, 1e6)
     assert {each.width for each in last.state.values()} <= {8, 16}
     assert not search.step(0.0)
 
@@ -116,7 +124,7 @@ def test_a_walk_ends_where_nothing_is_left(bench):
 def test_families_limit_what_is_chosen(bench):
     context = Context(bench, feeds(2, 8), threads=1)
     dropping = Search(context, by_macs(bench), ["identity"])
-    dropping.walk(1e6)
+    walked(dropping, 1e6)
     assert {each.family for each in dropping.present.state.values()} == {"identity"}
 
 
