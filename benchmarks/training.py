@@ -138,12 +138,12 @@ def mobilenet(width: float, seed: int = 0) -> onnx.ModelProto:
     return open_batch(net.model(net.classify(x, 10)))
 
 
-def resnet(width: float, seed: int = 0) -> onnx.ModelProto:
-    """ResNet-20 with its first weights, its batch open."""
+def resnet(blocks: int, width: float, seed: int = 0) -> onnx.ModelProto:
+    """ResNet of three stages of so many blocks with its first weights, its batch open."""
     net = Network(32, seed)
     x = net.op("Relu", net.conv_norm("x", round(16 * width), 3))
     for stage in range(3):
-        for index in range(3):
+        for index in range(blocks):
             stride, wanted = (2 if stage and not index else 1), round(16 * 2**stage * width)
             y = net.op("Relu", net.conv_norm(x, wanted, 3, stride=stride))
             y = net.conv_norm(y, wanted, 3, gain=1.0)
@@ -184,7 +184,8 @@ class Kind:
 
 NETWORKS = {
     "mobilenetv2": Kind(mobilenet),
-    "resnet20": Kind(resnet, "cifar10_resnet20_bn"),
+    "resnet20": Kind(partial(resnet, 3), "cifar10_resnet20_bn"),
+    "resnet56": Kind(partial(resnet, 9), "cifar10_resnet56_bn"),
     "vgg": Kind(vgg),
 }
 
