@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from graphfold.calibration.capture import Feeds, extract, run_part, tensor_types
 from graphfold.calibration.judge import Judge, Tally, Verdict
-from graphfold.calibration.workbench import Key, Replacement, State, Workbench
+from graphfold.calibration.places import Key
+from graphfold.calibration.workbench import Replacement, State, Workbench
 from graphfold.graph import consumers
 from graphfold.model import to_proto
 from graphfold.progress import Progress

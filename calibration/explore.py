@@ -21,6 +21,7 @@ from graphfold.calibration.context import Context, smallest_drops
 from graphfold.calibration.judge import Judge, Verdict
 from graphfold.calibration.latency import compare
 from graphfold.calibration.nodetimes import NodeTimes, measure_nodes
+from graphfold.calibration.places import Key
 from graphfold.calibration.planned import quantized_as
 from graphfold.calibration.split import (
     at_most,
@@ -30,7 +31,7 @@ from graphfold.calibration.split import (
     samples_of,
 )
 from graphfold.calibration.walk import Point, Search
-from graphfold.calibration.workbench import Key, Replacement, State, Workbench, names_of
+from graphfold.calibration.workbench import Replacement, State, Workbench, names_of
 from graphfold.candidates import find_candidates
 from graphfold.model import adopt, digest, to_proto
 from graphfold.plan import ModelReference, Plan, Quantize, read_plan

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, get_args
 
 from graphfold.calibration.channels import Inner
 from graphfold.calibration.nodetimes import step_of
-from graphfold.calibration.places import Segment
+from graphfold.calibration.places import Key, Segment
 from graphfold.calibration.snippets import Snippet, Snippets
-from graphfold.calibration.workbench import LARGEST_FEATURES, Key, Replacement, Workbench
+from graphfold.calibration.workbench import LARGEST_FEATURES, Replacement, Workbench
 from graphfold.candidates import Candidate, Candidates
 from graphfold.choices import Choice
 from graphfold.cuts import CutLayout, choice_row

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from graphfold.calibration.capture import Feeds
 from graphfold.calibration.channels import find_inner
 from graphfold.calibration.in_turn import fit_in_turn, is_better_in_turn
+from graphfold.calibration.places import Key
 from graphfold.calibration.sketch import Sketch
-from graphfold.calibration.workbench import Key, Replacement, State, Workbench
+from graphfold.calibration.workbench import Replacement, State, Workbench
 from graphfold.errors import PlanError, Problem
 from graphfold.fitted import Fitted, SegmentFit
 from graphfold.graph import Graph

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from graphfold.calibration.capture import Feeds, extract, run_part, tensor_types
 from graphfold.calibration.judge import Judge
+from graphfold.calibration.places import Key
 from graphfold.calibration.split import HELD_EVERY
-from graphfold.calibration.workbench import Key, State, Workbench
+from graphfold.calibration.workbench import State, Workbench
 from graphfold.model import to_proto
 from graphfold.progress import Progress
 

@@ -22,7 +22,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from graphfold.calibration.kernels import Profiled, undisturbed
-from graphfold.calibration.workbench import Key, Replacement, State, Workbench
+from graphfold.calibration.places import Key
+from graphfold.calibration.workbench import Replacement, State, Workbench
 from graphfold.graph import consumers
 from graphfold.progress import Progress
 

@@ -13,6 +13,9 @@ from graphfold.calibration.capture import Window, window_of
 from graphfold.candidates import Candidate, find_candidates
 from graphfold.graph import Graph, attribute, is_op
 
+# The tensors at both ends of a place, as plans name them.
+Key = tuple[str, str]
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -37,7 +40,7 @@ class Segment:
     same: bool
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> Key:
         """Its ends, as plans name them."""
         return self.input.name or "", self.output.name or ""
 

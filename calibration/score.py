@@ -26,9 +26,10 @@ from graphfold.calibration.families import (
 )
 from graphfold.calibration.journal import Journal
 from graphfold.calibration.judge import Verdict
+from graphfold.calibration.places import Key
 from graphfold.calibration.snippets import Snippets, amounts
 from graphfold.calibration.split import Split, one_sample, read_split, samples_of
-from graphfold.calibration.workbench import Key, Workbench, names_of
+from graphfold.calibration.workbench import Workbench, names_of
 from graphfold.calibration.workers import Alone, Judges, Workers
 from graphfold.candidates import find_candidates
 from graphfold.cuts import cut_layout

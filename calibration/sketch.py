@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphfold.calibration.channels import bias_vector, weight_matrix
+from graphfold.calibration.places import Key
 from graphfold.calibration.regression import Matrix
-from graphfold.calibration.workbench import Key, Replacement, Workbench
+from graphfold.calibration.workbench import Replacement, Workbench
 
 if TYPE_CHECKING:
     from graphfold.calibration.places import Segment

@@ -28,10 +28,11 @@ from graphfold.choices import Choice
 from graphfold.cuts import Step
 from graphfold.drops import Drop
 from graphfold.errors import UsageError
-from graphfold.graph import Graph, TensorShape
+from graphfold.graph import Graph
 from graphfold.linear import variable_inputs
 from graphfold.plan import Family
 from graphfold.runtime import Runnable, Session
+from graphfold.shapes import TensorShape
 from graphfold.sites import ActivationSite, Sites
 from graphfold.specs import Filling, random_inputs
 

@@ -20,7 +20,8 @@ import onnx_ir as ir
 from graphfold.calibration.context import Context, changed_state, smallest_drops, touched
 from graphfold.calibration.judge import Verdict
 from graphfold.calibration.nodetimes import NodeTimes, step_of
-from graphfold.calibration.workbench import Key, Replacement, State
+from graphfold.calibration.places import Key
+from graphfold.calibration.workbench import Replacement, State
 from graphfold.progress import Progress
 
 # Share of the latency that one step wins, and of a place's channels that one change takes.

@@ -9,7 +9,7 @@ Then any combination of replacements is built in a moment.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,6 @@ from graphfold.calibration.capture import (
     Feeds,
     Window,
     captured,
-    choose_places,
-    patches,
     sizes_of,
     window_of,
 )
@@ -35,8 +33,9 @@ from graphfold.calibration.channels import (
     find_inner,
     weight_matrix,
 )
+from graphfold.calibration.gathering import Job, in_parts
 from graphfold.calibration.narrow import Narrowing, narrow, weights_for
-from graphfold.calibration.places import Segment, find_places, fixed_sizes
+from graphfold.calibration.places import Key, Segment, find_places, fixed_sizes
 from graphfold.calibration.regression import (
     Fit,
     Matrix,
@@ -54,14 +53,9 @@ from graphfold.progress import Progress
 if TYPE_CHECKING:
     from graphfold.model import Model
 
-Key = tuple[str, str]
 Arrays = tuple[NDArray[np.float32], ...]
 
-# Positions of every image that enter the moments: more of one image tell little that is new.
-PER_IMAGE = 48
 RIDGE = 1e-3
-# Rows per feature beyond which more positions do not help.
-_ROWS_PER_FEATURE = 16
 _MEMORY = 2 << 30
 LARGEST_FEATURES = 5000
 
@@ -159,7 +153,7 @@ class Workbench:
         self._largest.update(segments or {})
         jobs += [self._segment_job(self.segments[key], k) for key, k in (segments or {}).items()]
         jobs = [job for job in jobs if job.features <= LARGEST_FEATURES]
-        parts = list(_parts(jobs, memory // 2, sizes_of(self.model, feeds[0])))
+        parts = list(in_parts(jobs, memory // 2, sizes_of(self.model, feeds[0])))
         for number, part in enumerate(parts):
             stage = "gathering moments" + (f" {number + 1}/{len(parts)}" if len(parts) > 1 else "")
             self._collect(part, feeds, threads, stage, progress)
@@ -187,21 +181,21 @@ class Workbench:
             return self._inner_job(self.inner[key]).bytes
         return self._segment_job(self.segments[key], kernel).bytes
 
-    def _inner_job(self, place: Inner) -> _Job:
+    def _inner_job(self, place: Inner) -> Job:
         shape = self.graph.shape(place.read) or ()
         weight = weight_matrix(self.graph, place.consumer)
         window = window_of(self.graph, place.consumer, fixed_sizes(shape[2:]))
-        return _Job(place.key, place.read.name or "", window, weight.shape[1])
+        return Job(place.key, place.read.name or "", window, weight.shape[1])
 
-    def _segment_job(self, place: Segment, kernel: tuple[int, ...]) -> _Job:
+    def _segment_job(self, place: Segment, kernel: tuple[int, ...]) -> Job:
         window = place.window(kernel)
         features = place.channels[0] * max(1, window.taps)
         target = place.output.name or ""
-        return _Job(place.key, place.input.name or "", window, features, target, place.channels[1])
+        return Job(place.key, place.input.name or "", window, features, target, place.channels[1])
 
     def _collect(
         self,
-        jobs: Sequence[_Job],
+        jobs: Sequence[Job],
         feeds: Feeds,
         threads: int,
         stage: str,
@@ -450,74 +444,6 @@ def _insert_conv(
     graph.ir.insert_before(before, node)
     node.outputs[0].name = graph.fresh_name(name)
     return node.outputs[0]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Moments to be gathered for one place."""
-
-    key: Key
-    read: str
-    window: Window
-    features: int
-    target: str = ""
-    targets: int = 0
-
-    @property
-    def bytes(self) -> int:
-        return 8 * (self.features + 1) * (self.features + 1 + self.targets)
-
-    def add_to(
-        self,
-        moments: Moments,
-        tensors: Mapping[str, NDArray[Any]],
-        samples: int,
-        first: int,
-    ) -> None:
-        """Add the rows of a batch, whose first image is the `first` of all `samples`."""
-        x = tensors[self.read]
-        y = tensors.get(self.target) if self.target else None
-        window = self.window
-        sizes = [
-            (size + begin + end - (taps - 1) * dilation - 1) // stride + 1
-            for size, begin, end, taps, dilation, stride in zip(
-                x.shape[2:] if window.kernel else (),
-                window.begins,
-                window.ends,
-                window.kernel,
-                window.dilations,
-                window.strides,
-                strict=True,
-            )
-        ]
-        enough = -(-_ROWS_PER_FEATURE * self.features // samples)
-        places = choose_places(len(x), sizes, max(8, min(PER_IMAGE, enough)), first)
-        targets = None
-        if y is not None:
-            index = (places[:, 0], slice(None), *places[:, 1:].T)
-            targets = y[index]
-        moments.add(patches(x, window, places), targets)
-
-
-def _parts(jobs: Sequence[_Job], limit: int, sizes: Mapping[str, int]) -> Iterator[list[_Job]]:
-    """Jobs whose moments, and whose tensors for one feed, both keep to the limit."""
-    part: list[_Job] = []
-    size = captured_size = 0
-    names: set[str] = set()
-    for job in jobs:
-        new = {job.read, job.target} - names
-        more = sum(sizes.get(name, 0) for name in new)
-        if part and (size + job.bytes > limit or captured_size + more > limit):
-            yield part
-            part, size, captured_size, names = [], 0, 0, set()
-            new = {job.read, job.target}
-            more = sum(sizes.get(name, 0) for name in new)
-        part.append(job)
-        size += job.bytes
-        captured_size += more
-        names |= new
-    if part:
-        yield part
 
 
 def _sub_taps(place: Segment, largest: Sequence[int], kernel: Sequence[int]) -> NDArray[np.intp]:

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from graphfold.calibration.capture import Feeds, cores
 from graphfold.calibration.context import Context
 from graphfold.calibration.judge import Verdict
-from graphfold.calibration.workbench import Arrays, Key, Replacement, Workbench
+from graphfold.calibration.places import Key
+from graphfold.calibration.workbench import Arrays, Replacement, Workbench
 from graphfold.errors import GraphfoldError
 from graphfold.guard import temporary_prefix
 

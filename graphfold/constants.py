@@ -34,6 +34,19 @@ def can_be_filled(sizes: Array | None) -> bool:
     return bool(math.prod(sizes.tolist()) <= LARGEST_FILL)
 
 
+def node_value(node: ir.Node) -> Array | None:
+    """What a Constant node holds, None where it is no number."""
+    for name, attr in node.attributes.items():
+        if name == "value":
+            array: Array = attr.as_tensor().numpy()
+            return array
+        if name in ("value_float", "value_floats"):
+            return np.asarray(attr.value, dtype=np.float32)
+        if name in ("value_int", "value_ints"):
+            return np.asarray(attr.value, dtype=np.int64)
+    return None
+
+
 def evaluate(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
     """The value of a transparent operator on constants; None where it cannot be told."""
     if not inputs or inputs[0] is None:

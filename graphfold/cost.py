@@ -23,7 +23,8 @@ from graphfold.sizes import resolved_shapes
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from graphfold.graph import Graph, TensorShape
+    from graphfold.graph import Graph
+    from graphfold.shapes import TensorShape
 
 IsNormalized = Callable[[str], bool] | Collection[str]
 

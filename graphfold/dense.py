@@ -12,9 +12,10 @@ import onnx_ir as ir
 from graphfold.affine import Array
 from graphfold.emit import Emitter
 from graphfold.errors import NotExactError
-from graphfold.graph import Graph, TensorShape, attribute, is_op, node_label
+from graphfold.graph import Graph, attribute, is_op, node_label
 from graphfold.linear import FLOAT_TYPES, constant_shape
 from graphfold.maps import Dense
+from graphfold.shapes import TensorShape
 
 # Before these opsets a Gemm must have a bias, and broadcasts it only where an attribute says so.
 _OPTIONAL_BIAS_OPSET = 11

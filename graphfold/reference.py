@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graphfold.errors import PlanError, Problem
-from graphfold.graph import Graph, shapes_as_read
+from graphfold.graph import Graph
 from graphfold.merge import segment_problems
 from graphfold.model import Model, digest
 from graphfold.plan import Plan
@@ -21,6 +21,7 @@ from graphfold.rewrite import (
     Work,
     run_passes,
 )
+from graphfold.shapes import shapes_as_read
 
 
 @dataclass(frozen=True)

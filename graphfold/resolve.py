@@ -12,12 +12,13 @@ from typing import TypeVar
 import onnx_ir as ir
 
 from graphfold.errors import NotExactError, PlanError, Problem
-from graphfold.graph import Graph, TensorShape, node_label
+from graphfold.graph import Graph, node_label
 from graphfold.importers import expand_short_forms
 from graphfold.linear import is_join
 from graphfold.norms import NormSite, find_norms
 from graphfold.plan import Activation, LikeActivation, Plan, Segment, nearest
 from graphfold.regions import Region, find_region
+from graphfold.shapes import TensorShape
 from graphfold.sites import ActivationSite, ConvSite, Sites, find_sites
 from graphfold.specs import describe_shape
 from graphfold.steps import Step

@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from graphfold.graph import SHAPES_KEY, Graph, has_reference_attributes, node_label
+from graphfold.graph import Graph, has_reference_attributes, node_label
 from graphfold.progress import Progress
 from graphfold.rewrite import Pass, PassStatistics, Phase, Work, run_passes
+from graphfold.shapes import SHAPES_KEY
 
 _HIDDEN_DOMAIN = "graphfold.known_by_the_caller"
 _MOST_ROUNDS = 1_000

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from graphfold.candidates import Candidate, Candidates, Exclusion
     from graphfold.choices import Choice
     from graphfold.cost import Cost
-    from graphfold.graph import TensorShape
     from graphfold.runs import Alternative
+    from graphfold.shapes import TensorShape
 
 # Without --segments a table shows no more rows than this.
 _SHORT = 15

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
     import onnx
 
-    from graphfold.graph import Graph, TensorShape
+    from graphfold.graph import Graph
+    from graphfold.shapes import TensorShape
 
 
 def resolved_shapes(

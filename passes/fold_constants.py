@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 
 from graphfold import constants
 from graphfold.cleanup import evaluate, free_nodes
-from graphfold.graph import Graph, TensorShape, attribute, is_op
+from graphfold.graph import Graph, attribute, is_op
 from graphfold.rewrite import Pass, Phase, Work, provenance
+from graphfold.shapes import TensorShape
 
 Array = NDArray[Any]
 

@@ -19,11 +19,12 @@ import numpy as np
 import onnx_ir as ir
 
 from graphfold.errors import NotExactError
-from graphfold.graph import TensorShape, is_op, node_label
+from graphfold.graph import is_op, node_label
 from graphfold.linear import conv_axes, zero_padding
 from graphfold.regions import entry_rank_and_channels, find_region
 from graphfold.resolve import ResolvedSegment
 from graphfold.rewrite import Pass, Phase, Work
+from graphfold.shapes import TensorShape
 
 Margin = tuple[tuple[int, int], ...]
 

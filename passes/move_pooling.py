@@ -27,7 +27,7 @@ import onnx_ir as ir
 
 from graphfold.emit import Emitter
 from graphfold.errors import NotExactError
-from graphfold.graph import Dim, Graph, attribute, is_op, node_label, only_consumer
+from graphfold.graph import Graph, attribute, is_op, node_label, only_consumer
 from graphfold.linear import (
     FLOAT_TYPES,
     PER_CHANNEL,
@@ -40,6 +40,7 @@ from graphfold.maps import Steps
 from graphfold.merge import put_in_place, segment_nodes
 from graphfold.rewrite import Fold, Pass, Phase, Work, provenance, replaced_labels
 from graphfold.runs import NOMINAL_SIZE
+from graphfold.shapes import Dim
 
 # What may stand in front of a pool: one tensor in, each pixel by itself.
 _POINTWISE = ("Conv", *PER_CHANNEL, "Neg")

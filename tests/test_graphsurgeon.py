@@ -11,6 +11,7 @@ from rich_model import OPSET, every_dtype, rich_model
 
 from graphfold import graphsurgeon, model
 from graphfold.errors import ModelError
+from graphfold.restoring import restore_dropped
 
 gs = pytest.importorskip("onnx_graphsurgeon")
 ort = pytest.importorskip("onnxruntime")
@@ -104,7 +105,7 @@ def test_dropped_fields_come_back_to_graphsurgeons_own_export() -> None:
     exported = gs.export_onnx(graph)
     assert comparable(exported) != comparable(small_with_metadata())
     kept = exported.SerializeToString(deterministic=True)
-    restored = graphsurgeon.restore_dropped(exported, small_with_metadata())
+    restored = restore_dropped(exported, small_with_metadata())
     assert comparable(restored) == comparable(small_with_metadata())
     assert exported.SerializeToString(deterministic=True) == kept
 

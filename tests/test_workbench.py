@@ -10,7 +10,7 @@ import onnx
 import pytest
 from builders import ModelBuilder, assert_same, op_types, run
 
-from graphfold.calibration import workbench
+from graphfold.calibration import gathering, workbench
 from graphfold.calibration.sketch import Sketch
 from graphfold.calibration.workbench import Replacement, Workbench
 from graphfold.errors import DataError
@@ -23,8 +23,8 @@ KEY = ("x", "y")
 def _no_ridge(monkeypatch):
     """Plain least squares on all positions, so that it can be compared with."""
     monkeypatch.setattr(workbench, "RIDGE", 0.0)
-    monkeypatch.setattr(workbench, "PER_IMAGE", 10_000)
-    monkeypatch.setattr(workbench, "_ROWS_PER_FEATURE", 10_000)
+    monkeypatch.setattr(gathering, "PER_IMAGE", 10_000)
+    monkeypatch.setattr(gathering, "_ROWS_PER_FEATURE", 10_000)
 
 
 class Net(ModelBuilder):
@@ -199,8 +199,8 @@ def test_a_segment_knows_which_kernels_fit_between_its_ends():
 
 
 def test_what_else_is_fitted_changes_nothing(monkeypatch):
-    monkeypatch.setattr(workbench, "PER_IMAGE", 9)
-    monkeypatch.setattr(workbench, "_ROWS_PER_FEATURE", 1)
+    monkeypatch.setattr(gathering, "PER_IMAGE", 9)
+    monkeypatch.setattr(gathering, "_ROWS_PER_FEATURE", 1)
     net = Net((9, 9), channels=8)
     first = net.op("Relu", net.conv("x", 8, 3, pad=1))
     second = net.op("Relu", net.conv(first, 8, 3, pad=1, out="z"))
