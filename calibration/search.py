@@ -194,7 +194,7 @@ class _Searching:
         student, names = with_masks(untie(self._model), masks)
         pair = pair_up(student, self._teacher, self._samples, self._held_out, *self._loss)
         module = MaskedModule(pair.student, names, chooser).to(self._group.device)
-        hooks = MaskHooks(module, weights or [0.0] * len(masks), decay)
+        hooks = MaskHooks(module, weights or [0.0] * len(masks), decay, seed=self._recipe.seed)
         found = train(
             module,
             pair.teacher,
