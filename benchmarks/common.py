@@ -1,9 +1,11 @@
 """What the benchmarks share: the example networks, and results with their environment."""
 
+import argparse
 import contextlib
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,31 @@ def processor() -> str:
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     flags = next((line for line in lines if line.startswith("flags")), "")
     return f"{name}, {'AVX-512' if 'avx512f' in flags else 'no AVX-512'}"
+
+
+def command_line(
+    command: str, parser: argparse.ArgumentParser, options: argparse.Namespace, leave: Sequence[str]
+) -> str:
+    """The command that was given, with the options that are not the default.
+
+    Args:
+        command: without options.
+        parser: of its line.
+        options: what it parsed.
+        leave: options that no result depends on.
+    """
+    parts = [command]
+    for name, default in vars(parser.parse_args([])).items():
+        value = getattr(options, name)
+        several = isinstance(value, list | tuple)
+        if name in leave or (tuple(value) == tuple(default) if several else value == default):
+            continue
+        shown = " ".join(
+            f"{each:g}" if isinstance(each, float) else str(each)
+            for each in (value if several else [value])
+        )
+        parts.append(f"--{name.replace('_', '-')} {shown}")
+    return " ".join(parts)
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:

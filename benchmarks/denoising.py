@@ -230,7 +230,7 @@ class Bench:
         }
 
 
-def report(rows: list[dict[str, Any]], floor: float, options: argparse.Namespace) -> None:
+def report(rows: list[dict[str, Any]], floor: float, command: str) -> None:
     """Write what there is so far."""
     columns = ["network", "segments", "speedup", "loss before training", "after", "distance",
                "folding error"]  # fmt: skip
@@ -246,39 +246,36 @@ def report(rows: list[dict[str, Any]], floor: float, options: argparse.Namespace
         ]
         for row in rows
     ]
-    settings = {
-        name: value
-        for name, value in vars(options).items()
-        if name not in ("folder", "speedups", "again")
-    }
     body = common.markdown(columns, shown)
     body += (
-        f"\n\nSettings: {settings}. The loss is the mean squared error of the noise, over its "
+        "\n\nThe loss is the mean squared error of the noise, over its "
         "variance, on test pictures. The distance of other real pictures: "
         f"{floor:.1f}."
     )
     title = "A denoising network made faster: loss and sample quality"
-    common.write("denoising", title, COMMAND, body, {"rows": rows, "settings": settings})
+    common.write("denoising", title, command, body, {"rows": rows})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--speedups", type=float, nargs="+", default=(1.2, 1.4, 1.6))
-    parser.add_argument("--pictures", type=int, default=10_000, help="to train on")
-    parser.add_argument("--judged", type=int, default=1_000)
-    parser.add_argument("--drawn", type=int, default=1_000, help="samples for the distance")
-    parser.add_argument("--steps", type=int, default=50, help="of drawing a sample")
-    parser.add_argument("--first", type=int, default=8, help="epochs from first weights")
+    parser.add_argument("--pictures", type=int, default=3_000, help="to train on")
+    parser.add_argument("--judged", type=int, default=500)
+    parser.add_argument("--drawn", type=int, default=500, help="samples for the distance")
+    parser.add_argument("--steps", type=int, default=25, help="of drawing a sample")
+    parser.add_argument("--first", type=int, default=6, help="epochs from first weights")
     parser.add_argument("--epochs", type=int, default=2, help="of every training after that")
-    parser.add_argument("--scored", type=int, default=500, help="pictures of a row of importance")
+    parser.add_argument("--scored", type=int, default=200, help="pictures of a row of importance")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--folder", type=Path, default=common.ROOT / "build" / "denoising")
     parser.add_argument("--again", action="store_true", help="forget what was measured before")
     options = parser.parse_args()
+    command = common.command_line(COMMAND, parser, options, ("folder", "again"))
     path = common.RESULTS / "denoising.json"
     rows: list[dict[str, Any]] = []
     if path.exists() and not options.again:
-        rows = json.loads(path.read_text())["rows"]
+        known = json.loads(path.read_text())
+        rows = known["rows"] if known["command"] == command else []
     bench = Bench(options)
     others = bench.features.moments(pictures("train", options.drawn))
     floor = distance(others, bench.real)
@@ -294,7 +291,7 @@ def main() -> None:
             continue
         rows.append(bench.row(name, plan))
         print(rows[-1], flush=True)
-        report(rows, floor, options)
+        report(rows, floor, command)
 
 
 if __name__ == "__main__":

@@ -253,7 +253,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=0.1)
     parser.add_argument("--training-epochs", type=int, default=6)
     parser.add_argument("--jobs", type=int, default=cores())
-    given = vars(parser.parse_args())
+    options = parser.parse_args()
+    given = dict(vars(options))
     folder, count = given.pop("folder"), given.pop("estimate")
     settings = Settings(**given)
     with tempfile.TemporaryDirectory() as temporary:
@@ -270,13 +271,7 @@ def main() -> None:
         }
         body, results = compare(model, tables, settings)
     title = "Importance tables of a MobileNetV2 for 32x32"
-    defaults = vars(parser.parse_args([]))
-    changed = [
-        f" --{name.replace('_', '-')} {value:g}"
-        for name, value in vars(settings).items()
-        if value != defaults[name]
-    ]
-    command = COMMAND + "".join(changed)
+    command = common.command_line(COMMAND, parser, options, ("folder", "estimate"))
     common.write("importance", title, command, body, {"settings": vars(settings), **results})
 
 
