@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import common
 import numpy as np
@@ -52,7 +52,7 @@ from graphfold.candidates import find_candidates
 from graphfold.errors import BudgetError
 from graphfold.graph import Graph
 from graphfold.masked_plans import Predictions, masked_plan
-from graphfold.masking import Budget, find_masks
+from graphfold.masking import Budget, Per, find_masks
 from graphfold.measures import LatencyTable, read_importance, read_latency
 from graphfold.model import Model, load, save, to_proto
 from graphfold.plan import Plan, read_plan
@@ -235,10 +235,13 @@ class Bench:
         size: how much is trained.
         folder: for the original and its tables; what lies there is used again.
         device: of torch.
+        per: a mask for each block, or for each activation.
     """
 
-    def __init__(self, kind: Kind, size: Size, folder: Path, device: str) -> None:
-        self.kind, self.size, self.folder = kind, size, folder
+    def __init__(
+        self, kind: Kind, size: Size, folder: Path, device: str, per: Per = "block"
+    ) -> None:
+        self.kind, self.size, self.folder, self.per = kind, size, folder, per
         self.group = Group(device=device)
         folder.mkdir(parents=True, exist_ok=True)
         first = self._first()
@@ -250,7 +253,7 @@ class Bench:
             save(self.trained(first, None, recipe).result.reference, path)
         self.original = load(path) if kind.trained is None else first
         self.candidates = find_candidates(Graph(self.original))
-        self.masks = find_masks(self.candidates)
+        self.masks = find_masks(self.candidates, per)
         self.seconds: dict[str, float] = {}
 
     def _first(self) -> Model:
@@ -418,6 +421,7 @@ class Methods:
                 self.bench.original,
                 self.bench.pictures.train,
                 [budget],
+                per=self.bench.per,
                 latency=self.bench.latency,
                 recipe=Recipe(epochs=size.searched, learning_rate=size.rate, seed=seed),
                 group=self.bench.group,
@@ -677,13 +681,15 @@ def rows_of(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def results_name(network: str, size: str, part: str) -> str:
+def results_name(options: argparse.Namespace, part: str) -> str:
     """Of the files of results."""
-    return f"training_{network}_{size}" + ("" if part == "table" else f"_{part}")
+    name = f"training_{options.network}_{options.size}" + ("" if part == "table" else f"_{part}")
+    return name if options.per == "block" else f"{name}_{options.per}"
 
 
-def report(network: str, name: str, part: str, known: dict[str, Any]) -> None:
+def report(options: argparse.Namespace, part: str, known: dict[str, Any]) -> None:
     """Write everything that is known of a part."""
+    network, name = options.network, options.size
     columns = [
         "budget", "method", "speedup", "accuracy", "worst class", "before training",
         "folding error", "other class", "trainings",
@@ -695,7 +701,8 @@ def report(network: str, name: str, part: str, known: dict[str, Any]) -> None:
     body.append(common.markdown(columns, rows_of(known["runs"])))
     title = f"Training on CIFAR-10: {TITLES[part]}"
     command = f"{COMMAND} --network {network} --size {name} --part {part}"
-    common.write(results_name(network, name, part), title, command, "\n".join(body), known)
+    command += "" if options.per == "block" else f" --per {options.per}"
+    common.write(results_name(options, part), title, command, "\n".join(body), known)
 
 
 def main() -> None:
@@ -703,20 +710,22 @@ def main() -> None:
     parser.add_argument("--network", choices=list(NETWORKS), default="mobilenetv2")
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--part", choices=list(PARTS), nargs="+", default=["table"])
+    parser.add_argument("--per", choices=get_args(Per), default="block", help="what masks are on")
     parser.add_argument("--only", nargs="*", help="methods, by the beginning of their names")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, default=common.ROOT / "build" / "training")
     parser.add_argument("--again", action="store_true", help="forget what was measured before")
     options = parser.parse_args()
     folder = options.folder / f"{options.network}_{options.size}"
-    bench = Bench(NETWORKS[options.network], SIZES[options.size], folder, options.device)
+    kind, size = NETWORKS[options.network], SIZES[options.size]
+    bench = Bench(kind, size, folder, options.device, options.per)
     for part in options.part:
         run_part(bench, part, options)
 
 
 def run_part(bench: Bench, part: str, options: argparse.Namespace) -> None:
     """Everything of a part that is not known yet."""
-    path = common.RESULTS / f"{results_name(options.network, options.size, part)}.json"
+    path = common.RESULTS / f"{results_name(options, part)}.json"
     known: dict[str, Any] = {"runs": {}, "seconds": {}}
     if path.exists() and not (options.again and options.only is None):
         known = json.loads(path.read_text())
@@ -735,7 +744,7 @@ def run_part(bench: Bench, part: str, options: argparse.Namespace) -> None:
             known["runs"][key] = {"reason": str(error)}
         known["seconds"] |= bench.seconds
         print(key, {k: v for k, v in known["runs"][key].items() if k != "curve"}, flush=True)
-        report(options.network, options.size, part, known)
+        report(options, part, known)
 
 
 def _wanted(key: str, only: Sequence[str] | None) -> bool:
