@@ -550,10 +550,12 @@ def search_runs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
     runs: dict[str, Callable[[], dict[str, Any]]] = {}
     for share in bench.size.kept:
         budget = Budget("keep", round(share * len(bench.masks)))
-        for seed in range(3):
-            key = f"{budget.value:g}|{seed}"
-            runs[f"DepthShrinker's search|{key}"] = partial(methods.searched, budget, seed)
-            runs[f"random masks|{key}"] = partial(methods.random, budget, seed)
+        for name, run, seeds in (
+            ("DepthShrinker's search", methods.searched, 3),
+            ("random masks", methods.random, 5),
+        ):
+            for seed in range(seeds):
+                runs[f"{name}|{budget.value:g}|{seed}"] = partial(run, budget, seed)
     return runs
 
 
