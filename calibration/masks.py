@@ -8,8 +8,8 @@ w the time that goes with the activation, so that costly ones lose importance.
 In the first half of the training every step draws its masks: the largest m of those with noise
 (Gumbel's, so that this is sampling without replacement by softmax(m); Kool et al., 2019) that fades
 in proportion to how far the m lie apart. So each mask is seen on and off among many sets of others,
-and the mean of both gradients is what its removal costs, to second order; the first of equals are
-not favoured. Then masks that stand in for each other may change places (`exchanges`).
+the mean of both gradients is what its removal costs, to second order, and the first of equals are
+not favoured.
 
 In the second half, which masks are on is chosen anew after every epoch, not after every step. A
 mask that is off is wanted back until the weights have learned to do without it: chosen at every
@@ -192,7 +192,6 @@ class MaskHooks(Hooks):
         strength: of the decay.
         seed: of the masks that are drawn.
         drawn: the share of the training in which they are.
-        settle: called once no more are drawn, with the masks chosen by the importances.
 
     Attributes:
         course: the masks before the search, and after each epoch.
@@ -206,10 +205,9 @@ class MaskHooks(Hooks):
         *,
         seed: int = 0,
         drawn: float = DRAWN,
-        settle: Callable[[], None] | None = None,
     ) -> None:
         self._module, self._strength = module, strength
-        self._seed, self._drawn, self._settle = seed, drawn, settle
+        self._seed, self._drawn = seed, drawn
         self._weights = torch.tensor(weights, dtype=torch.float32)
         self.course = [MaskEpoch(0, module.worth, module.kept, 0)]
 
@@ -227,8 +225,6 @@ class MaskHooks(Hooks):
             self._module.decide(drawn * _NOISE * (1 - moment.done / stop))
         elif stop > 0 and moment.done < stop + 1:
             self._module.decide()
-            if self._settle is not None:
-                self._settle()
 
     def loss(self, own: Mapping[str, Tensor]) -> Tensor | None:
         """The decay: strength * sum of w |m|."""
@@ -236,10 +232,6 @@ class MaskHooks(Hooks):
         importance = self._module.importance
         weights = self._weights.to(importance.device)
         return self._strength * (weights * importance.abs()).sum()
-
-    def cost(self) -> float:
-        """The decay of a mask whose importance is one, for all that are on."""
-        return self._strength * float(self._weights @ self._module.binary.cpu())
 
     def after_epoch(self, epoch: Epoch) -> bool:
         """Choose what is on in the next epoch, and remember where the masks stand."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphfold.calibration import bridge  # noqa: F401 - says what to install without torch
-from graphfold.calibration.exchanges import SetLoss, exchange
 from graphfold.calibration.finetune import read_training
 from graphfold.calibration.masks import MaskedModule, MaskEpoch, MaskHooks, with_masks
 from graphfold.calibration.objective import Evaluation
@@ -195,16 +194,7 @@ class _Searching:
         student, names = with_masks(untie(self._model), masks)
         pair = pair_up(student, self._teacher, self._samples, self._held_out, *self._loss)
         module = MaskedModule(pair.student, names, chooser).to(self._group.device)
-        loss = SetLoss(
-            module, pair.teacher, pair.objective, self._samples, self._group, self._recipe.seed
-        )
-        hooks = MaskHooks(
-            module,
-            weights or [0.0] * len(masks),
-            decay,
-            seed=self._recipe.seed,
-            settle=lambda: self._exchange(module, lambda: loss() + hooks.cost(), stage),
-        )
+        hooks = MaskHooks(module, weights or [0.0] * len(masks), decay, seed=self._recipe.seed)
         found = train(
             module,
             pair.teacher,
@@ -230,16 +220,6 @@ class _Searching:
         if self.judged is None:
             self.judged = pair.judge_teacher(self._held_out, self._group)
         return tuple(hooks.course), found
-
-    def _exchange(self, module: MaskedModule, loss: Callable[[], float], stage: str) -> None:
-        progress = self._progress
-        exchange(
-            module,
-            loss,
-            None
-            if progress is None
-            else lambda done, total: progress(f"{stage}: exchanging masks", done, total),
-        )
 
     def _named_teacher(self) -> str | None:
         if self._teacher is None or isinstance(self._teacher, nn.Module):

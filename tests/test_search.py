@@ -17,7 +17,6 @@ torch = pytest.importorskip("torch")
 import graphfold  # noqa: E402
 from graphfold.calibration import search as searching  # noqa: E402 - needs torch
 from graphfold.calibration import training  # noqa: E402
-from graphfold.calibration.exchanges import SetLoss, exchange  # noqa: E402
 from graphfold.calibration.masks import (  # noqa: E402
     MaskedModule,
     MaskHooks,
@@ -26,7 +25,6 @@ from graphfold.calibration.masks import (  # noqa: E402
     with_masks,
 )
 from graphfold.calibration.pairs import pair_up  # noqa: E402
-from graphfold.calibration.parallel import Group  # noqa: E402
 from graphfold.calibration.recipe import Recipe  # noqa: E402
 from graphfold.calibration.samples import Samples  # noqa: E402
 from graphfold.calibration.search import search  # noqa: E402
@@ -59,14 +57,6 @@ def prepared(proto, choose, per="block"):
 
 def first(count):
     return lambda importance: tuple(at < count for at in range(len(importance)))
-
-
-def best(count):
-    def choose(importance):
-        on = sorted(range(len(importance)), key=lambda at: -importance[at])[:count]
-        return tuple(at in on for at in range(len(importance)))
-
-    return choose
 
 
 # --- the masks --------------------------------------------------------------------------------
@@ -361,55 +351,6 @@ def test_noise_fades_and_follows_gumbel():
     worth = torch.tensor([0.0, 1.0, 2.0, 0.5])
     shares = torch.bincount((drawn + worth).argmax(1), minlength=4) / len(drawn)
     assert shares.tolist() == pytest.approx(worth.softmax(0).tolist(), abs=0.02)
-
-
-def test_masks_that_stand_in_for_each_other_are_exchanged():
-    module, _, _ = prepared(chain(5), best(2))
-    with torch.no_grad():
-        module.importance.copy_(torch.tensor([3.0, 2.5, 1.0, 2.0, 0.5]))
-    module.decide()
-    assert module.kept == (True, True, False, False, False)
-    # 0 and 1 do the same, and so do 3 and 2: each set of two lacks what it has none of.
-    groups, asked = ({0, 1}, {2, 3}, {4}), []
-
-    def loss():
-        on = {at for at, each in enumerate(module.kept) if each}
-        asked.append(on)
-        return sum(not (on & group) for group in groups) + 0.1 * sum(on)
-
-    told = []
-    changes = exchange(module, loss, lambda done, total: told.append((done, total)))
-    assert module.kept == (True, False, True, False, False)
-    # The nearest first: 1 for 3, then 3 for 2; what was judged is not judged again.
-    assert asked[:3] == [{0, 1}, {0, 3}, {1, 3}]
-    assert len({frozenset(on) for on in asked}) == len(asked)
-    assert changes == 2
-    # Importances only changed places.
-    assert module.worth == (3.0, 2.0, 2.5, 1.0, 0.5)
-    assert told[-1][0] == len(asked) <= told[-1][1]
-
-
-def test_the_loss_of_a_set_leaves_the_network_alone():
-    module, objective, _ = prepared(chain(3), best(1))
-    train(module, None, samples(), RECIPE, objective=objective)
-    module.eval()
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    loss = SetLoss(module, None, objective, samples(200), Group(), 0)
-    first_set = loss()
-    assert first_set == loss()
-    with torch.no_grad():
-        module.importance.copy_(module.importance.flip(0))
-    module.decide()
-    assert loss() != first_set
-    with torch.no_grad():
-        module.importance.copy_(before["importance"])
-    module.decide()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
-    # Statistics are of the batch: what the running ones say does not matter.
-    for name, tensor in module.named_buffers():
-        if name != "binary" and tensor.ndim:
-            tensor.add_(1.0)
-    assert loss() == first_set
 
 
 def test_the_device_is_measured_once(tmp_path, monkeypatch):
