@@ -203,8 +203,8 @@ class MaskHooks(Hooks):
         weights: Sequence[float],
         strength: float,
         *,
-        seed: int = 0,
-        drawn: float = DRAWN,
+        seed: int,
+        drawn: float,
     ) -> None:
         self._module, self._strength = module, strength
         self._seed, self._drawn = seed, drawn

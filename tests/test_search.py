@@ -120,7 +120,7 @@ def _slope(proto, masks, name, batch, objective, labels):
 
 def test_the_decay_lowers_the_costliest_first():
     module, _, _ = prepared(chain(3), first(2))
-    hooks = MaskHooks(module, [0.5, 2.0, 1.0], 0.01)
+    hooks = MaskHooks(module, [0.5, 2.0, 1.0], 0.01, seed=0, drawn=0.5)
     hooks.loss({}).backward()
     gradients = module.importance.grad.tolist()
     assert gradients == pytest.approx([0.005, 0.02, 0.01])
@@ -294,7 +294,7 @@ def test_what_is_on_is_chosen_anew_after_each_epoch():
         return (len(chosen) < 3, True, len(chosen) >= 3)
 
     module, objective, _ = prepared(chain(3), choose)
-    hooks = MaskHooks(module, [0.0] * 3, 0.0, drawn=0.0)
+    hooks = MaskHooks(module, [0.0] * 3, 0.0, seed=0, drawn=0.0)
     recipe = Recipe(epochs=3, batch_size=16, augment=False)
     found = train(module, None, samples(), recipe, objective=objective, hooks=hooks)
     assert found.steps == 12
