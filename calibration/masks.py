@@ -5,15 +5,10 @@ that are kept, and the gradient of the binary mask is the gradient of the number
 no clamp, so that m learns wherever it stands. The decay is latency-weighted: strength * w |m|, with
 w the time that goes with the activation, so that costly ones lose importance.
 
-In the first half of the training every step draws its masks: the largest m of those with noise
-(Gumbel's, so that this is sampling without replacement by softmax(m); Kool et al., 2019) that fades
-in proportion to how far the m lie apart. So each mask is seen on and off among many sets of others,
-the mean of both gradients is what its removal costs, to second order, and the first of equals are
-not favoured.
-
-In the second half, which masks are on is chosen anew after every epoch, not after every step. A
-mask that is off is wanted back until the weights have learned to do without it: chosen at every
-step, the masks at the border take turns to the end, and the weights fit no set of them.
+Which masks are on is chosen anew after every epoch, not after every step. A mask that is off is
+wanted back until the weights have learned to do without it, and the order of the importances does
+not depend on the size of the steps: chosen at every step, the masks at the border take turns to the
+end, and the weights fit no set of them.
 """
 
 from __future__ import annotations
@@ -34,15 +29,11 @@ from graphfold.masking import Kept, Mask
 from graphfold.sites import find_sites
 
 if TYPE_CHECKING:
-    from graphfold.calibration.recipe import Moment, Recipe
+    from graphfold.calibration.recipe import Recipe
     from graphfold.model import Model
 
 # Where every m starts: equal, and on the side where the decay lowers it.
 START = 1.0
-# The share of the training in which masks are drawn.
-DRAWN = 0.5
-# Of the noise at first, in units of how far the importances lie apart: nearly any set is drawn.
-_NOISE = 3.0
 _OPERATOR = "GraphfoldMask"
 
 
@@ -130,17 +121,9 @@ class MaskedModule(nn.Module):
         """The masks that are on."""
         return tuple(bool(on) for on in self.binary.tolist())
 
-    def decide(self, noise: Tensor | None = None) -> None:
-        """Choose anew, by the importances as they are now.
-
-        Args:
-            noise: what is added to the importances, in units of how far they lie apart.
-        """
-        worth = self.importance.detach().cpu()
-        if noise is not None:
-            # Where all are equal the noise alone decides.
-            worth = worth + noise * worth.std(correction=0).clamp(min=1e-6)
-        kept = self._choose(tuple(worth.tolist()))
+    def decide(self) -> None:
+        """Choose anew, by the importances as they are now."""
+        kept = self._choose(self.worth)
         self.binary.copy_(torch.tensor(kept, dtype=torch.float32))
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -190,24 +173,13 @@ class MaskHooks(Hooks):
         module: that is trained.
         weights: of each mask in the decay, in proportion to what its removal saves.
         strength: of the decay.
-        seed: of the masks that are drawn.
-        drawn: the share of the training in which they are.
 
     Attributes:
         course: the masks before the search, and after each epoch.
     """
 
-    def __init__(
-        self,
-        module: MaskedModule,
-        weights: Sequence[float],
-        strength: float,
-        *,
-        seed: int,
-        drawn: float,
-    ) -> None:
+    def __init__(self, module: MaskedModule, weights: Sequence[float], strength: float) -> None:
         self._module, self._strength = module, strength
-        self._seed, self._drawn = seed, drawn
         self._weights = torch.tensor(weights, dtype=torch.float32)
         self.course = [MaskEpoch(0, module.worth, module.kept, 0)]
 
@@ -216,15 +188,6 @@ class MaskHooks(Hooks):
         del module
         own = {"params": [self._module.importance], "weight_decay": 0.0}
         return [*super().groups(self._module.inner, recipe), own]
-
-    def before_step(self, moment: Moment) -> None:
-        """Draw the masks of the step, or stay with those of the epoch."""
-        stop = self._drawn * moment.total
-        if moment.done < stop:
-            drawn = gumbel(len(self._weights), self._seed, moment.epoch, moment.step)
-            self._module.decide(drawn * _NOISE * (1 - moment.done / stop))
-        elif stop > 0 and moment.done < stop + 1:
-            self._module.decide()
 
     def loss(self, own: Mapping[str, Tensor]) -> Tensor | None:
         """The decay: strength * sum of w |m|."""
@@ -235,7 +198,7 @@ class MaskHooks(Hooks):
 
     def after_epoch(self, epoch: Epoch) -> bool:
         """Choose what is on in the next epoch, and remember where the masks stand."""
-        before = self.course[-1].kept
+        before = self._module.kept
         self._module.decide()
         kept = self._module.kept
         changes = sum(a != b for a, b in zip(before, kept, strict=True))
@@ -249,12 +212,6 @@ class MaskHooks(Hooks):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self.course = [MaskEpoch.from_json(item) for item in state["course"]]
-
-
-def gumbel(count: int, *keys: int) -> Tensor:
-    """Numbers of Gumbel's distribution that follow from some keys, in float32."""
-    uniform = np.random.default_rng(keys).uniform(np.finfo(float).tiny, 1.0, count)
-    return torch.from_numpy((-np.log(-np.log(uniform))).astype(np.float32))
 
 
 def stable_since(course: Sequence[MaskEpoch]) -> int:

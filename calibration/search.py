@@ -16,13 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphfold.calibration import bridge  # noqa: F401 - says what to install without torch
 from graphfold.calibration.finetune import read_training
-from graphfold.calibration.masks import (
-    DRAWN,
-    MaskedModule,
-    MaskEpoch,
-    MaskHooks,
-    with_masks,
-)
+from graphfold.calibration.masks import MaskedModule, MaskEpoch, MaskHooks, with_masks
 from graphfold.calibration.objective import Evaluation
 from graphfold.calibration.pairs import pair_up
 from graphfold.calibration.parallel import Group
@@ -60,7 +54,6 @@ def search(
     decays: Sequence[float] = (DECAY,),
     per: Per = "block",
     ends: bool = False,
-    drawn: float = DRAWN,
     latency: LatencyTable | str | Path | None = None,
     boundary: BoundaryChoice = "auto",
     held_out: Samples | None = None,
@@ -84,7 +77,6 @@ def search(
         decays: strengths, for masks whose saving is the mean one; 0 has none.
         per: a mask for each block, or for each activation that lies between convolutions.
         ends: masks for the network's first and last activation, too.
-        drawn: the share of the search in which every step draws its masks; 0 is the paper's.
         latency: a latency table; where it is None and a decay or a budget of time needs one, this
             device is measured.
         boundary: where padding stands in merged segments.
@@ -116,7 +108,7 @@ def search(
     searching = _Searching(
         model, samples, held_out, teacher, recipe, (alpha, temperature, smoothing), group, progress
     )
-    about = {"per": per, "ends": ends, "drawn": drawn, **(header or {})}
+    about = {"per": per, "ends": ends, **(header or {})}
     runs = []
     plans = [(budget, decay) for budget in budgets for decay in decays]
     choosers = [_chooser(budget, masks, predictions) for budget, _ in plans]
@@ -125,7 +117,7 @@ def search(
         path = None if folder is None else folder / f"{label}.partial"
         stage = f"{label} ({number + 1} of {len(plans)})" if len(plans) > 1 else label
         course, trained = searching.run(
-            masks, chooser, _weights(predictions), budget, decay, drawn, path, about, stage
+            masks, chooser, _weights(predictions), budget, decay, path, about, stage
         )
         removed = frozenset(at for at, on in enumerate(course[-1].kept) if not on)
         latency_ms = None if predictions is None else predictions.latency(removed)
@@ -194,7 +186,6 @@ class _Searching:
         weights: Sequence[float] | None,
         budget: Budget,
         decay: float,
-        drawn: float,
         path: Path | None,
         about: Mapping[str, Any],
         stage: str,
@@ -203,9 +194,7 @@ class _Searching:
         student, names = with_masks(untie(self._model), masks)
         pair = pair_up(student, self._teacher, self._samples, self._held_out, *self._loss)
         module = MaskedModule(pair.student, names, chooser).to(self._group.device)
-        hooks = MaskHooks(
-            module, weights or [0.0] * len(masks), decay, seed=self._recipe.seed, drawn=drawn
-        )
+        hooks = MaskHooks(module, weights or [0.0] * len(masks), decay)
         found = train(
             module,
             pair.teacher,

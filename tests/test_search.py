@@ -20,7 +20,6 @@ from graphfold.calibration import training  # noqa: E402
 from graphfold.calibration.masks import (  # noqa: E402
     MaskedModule,
     MaskHooks,
-    gumbel,
     stable_since,
     with_masks,
 )
@@ -120,7 +119,7 @@ def _slope(proto, masks, name, batch, objective, labels):
 
 def test_the_decay_lowers_the_costliest_first():
     module, _, _ = prepared(chain(3), first(2))
-    hooks = MaskHooks(module, [0.5, 2.0, 1.0], 0.01, seed=0, drawn=0.5)
+    hooks = MaskHooks(module, [0.5, 2.0, 1.0], 0.01)
     hooks.loss({}).backward()
     gradients = module.importance.grad.tolist()
     assert gradients == pytest.approx([0.005, 0.02, 0.01])
@@ -294,7 +293,7 @@ def test_what_is_on_is_chosen_anew_after_each_epoch():
         return (len(chosen) < 3, True, len(chosen) >= 3)
 
     module, objective, _ = prepared(chain(3), choose)
-    hooks = MaskHooks(module, [0.0] * 3, 0.0, seed=0, drawn=0.0)
+    hooks = MaskHooks(module, [0.0] * 3, 0.0)
     recipe = Recipe(epochs=3, batch_size=16, augment=False)
     found = train(module, None, samples(), recipe, objective=objective, hooks=hooks)
     assert found.steps == 12
@@ -302,55 +301,6 @@ def test_what_is_on_is_chosen_anew_after_each_epoch():
     assert [each.kept[0] for each in hooks.course] == [True, True, False, False]
     assert len(chosen) == 4
     assert stable_since(hooks.course) == 2
-
-
-def test_masks_are_drawn_at_first():
-    def course_of(seed, drawn):
-        offered, seen = [], []
-
-        def choose(importance):
-            offered.append(importance)
-            best = np.argsort(importance)[-2:]
-            return tuple(at in best for at in range(5))
-
-        class Watched(MaskHooks):
-            def after_step(self, moment):
-                seen.append(module.kept)
-
-        module, objective, _ = prepared(chain(5), choose)
-        hooks = Watched(module, [0.0] * 5, 0.0, seed=seed, drawn=drawn)
-        recipe = Recipe(epochs=6, batch_size=8, augment=False, learning_rate=1e-3)
-        train(module, None, samples(), recipe, objective=objective, hooks=hooks)
-        return seen, hooks.course, offered
-
-    seen, course, offered = course_of(0, 0.5)
-    assert all(sum(kept) == 2 for kept in seen)
-    steps = len(seen) // 6
-    # While they are drawn every mask is on and off; after that each epoch has its own.
-    assert all(len({kept[at] for kept in seen[: 3 * steps]}) == 2 for at in range(5))
-    for epoch in (3, 4, 5):
-        assert set(seen[epoch * steps : (epoch + 1) * steps]) == {course[epoch].kept}
-    # Drawing leaves the importances themselves alone: the first step's are equal but for noise.
-    assert course[0].importance == (1.0,) * 5
-    assert len(set(offered[1])) == 5
-    assert max(offered[1]) - min(offered[1]) < 1e-4
-    # The same seed draws the same, another one others.
-    assert course_of(0, 0.5)[0] == seen
-    assert course_of(1, 0.5)[0] != seen
-    # An end within an epoch ends the drawing there.
-    seen, course, _ = course_of(0, 0.25)
-    assert len(set(seen[: steps + steps // 2])) > 2
-    assert len(set(seen[steps + steps // 2 : 2 * steps])) == 1
-
-
-def test_noise_fades_and_follows_gumbel():
-    drawn = torch.stack([gumbel(4, 7, step) for step in range(20_000)])
-    assert float(drawn.mean()) == pytest.approx(0.5772, abs=0.02)
-    assert float(drawn.std()) == pytest.approx(np.pi / np.sqrt(6), abs=0.02)
-    # The largest of numbers with this noise are draws by softmax.
-    worth = torch.tensor([0.0, 1.0, 2.0, 0.5])
-    shares = torch.bincount((drawn + worth).argmax(1), minlength=4) / len(drawn)
-    assert shares.tolist() == pytest.approx(worth.softmax(0).tolist(), abs=0.02)
 
 
 def test_the_device_is_measured_once(tmp_path, monkeypatch):
