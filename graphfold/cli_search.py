@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -189,9 +191,11 @@ def _search(
     _check_choice("--per", per, ("block", "activation"))
     budgets = _budgets(keep, speedup, budget)
     decays = None if decay is None else _numbers("--decay", decay)
-    folder = _folder(out, model)
     leads = int(os.environ.get("RANK", 0)) == 0
-    with arguments.open_terminal(as_json and leads, quiet or not leads) as terminal:
+    with (
+        _folder(out, model) as folder,
+        arguments.open_terminal(as_json and leads, quiet or not leads) as terminal,
+    ):
         import graphfold
         from graphfold.calibration.bridge import bridge  # noqa: F401 - says if torch is missing
         from graphfold.calibration.parallel import joined
@@ -265,8 +269,9 @@ def _budgets(keep: str | None, speedup: str | None, budget: str | None) -> list[
     return found
 
 
-def _folder(out: str | None, model: str) -> Path:
-    """Where everything goes, made if need be and checked before any work."""
+@contextlib.contextmanager
+def _folder(out: str | None, model: str) -> Iterator[Path]:
+    """Where everything goes, made if need be and checked at once; gone if it stays empty."""
     if out is None and model == STDIO:
         raise UsageError("MODEL is -: where to write?", hint="give a folder: -o found")
     if out == STDIO:
@@ -274,12 +279,18 @@ def _folder(out: str | None, model: str) -> Path:
     folder = Path(out) if out is not None else Path(model).with_suffix(".search")
     if folder.exists() and not folder.is_dir():
         raise OutputError("is a file, not a folder", where=str(folder), hint="see --output")
+    made = not folder.exists()
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot be made: {error.strerror}", where=str(folder)) from None
-    check_output(folder / "search.json", inputs=[], option="--output")
-    return folder
+    try:
+        check_output(folder / "search.json", inputs=[], option="--output")
+        yield folder
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # what a search has begun stays
+                folder.rmdir()
 
 
 def _write(found: Searched, folder: Path, terminal: Terminal) -> None:

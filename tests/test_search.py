@@ -422,3 +422,12 @@ def test_plans_of_the_command_are_fine_tuned_and_folded(files, capfd):
 def test_what_cannot_be_searched_is_refused(files, capfd, more, match):
     assert main(command(files, *more)) in (1, 2)
     assert match in capfd.readouterr().err
+
+
+def test_a_folder_that_nothing_came_into_goes(files, capfd):
+    given = command(files, "--keep", "1")
+    given[given.index(str(files / "model.onnx"))] = str(files / "absent.onnx")
+    there = set(files.iterdir())
+    assert main(given) == 2
+    assert "absent.onnx: no such file" in capfd.readouterr().err
+    assert set(files.iterdir()) == there
