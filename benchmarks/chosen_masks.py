@@ -81,18 +81,19 @@ def row(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     model, data = load(chain(seed)), pictures(options.pictures, seed)
     known = losses(model, data, options.epochs // 2)
     best, mean = min(known.values()), statistics.mean(known.values())
-    found: dict[str, Any] = {
+    searches = []
+    for search_seed in range(options.searches):
+        how = {"recipe": recipe(options.epochs, search_seed), "decays": (0.0,)}
+        run = search(model, data, [Budget("keep", KEPT)], **how).runs[0]
+        searches.append((known[run.last.kept] - best) / (mean - best))
+    return {
         "network": seed,
         "best": best,
         "mean": mean,
         "worst": max(known.values()),
+        "searches": searches,
+        "seconds": time.monotonic() - started,
     }
-    found["searches"] = []
-    for search_seed in range(options.searches):
-        how = {"recipe": recipe(options.epochs, search_seed), "decays": (0.0,)}
-        run = search(model, data, [Budget("keep", KEPT)], **how).runs[0]
-        found["searches"].append((known[run.last.kept] - best) / (mean - best))
-    return found | {"seconds": time.monotonic() - started}
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import shared_data
 import torch
-from common import markdown, write
+from common import command_line, markdown, write
 from networks import Network
 
 import graphfold
@@ -181,13 +181,7 @@ def main() -> None:
             last = runs[-1]
             print(seed, variant, f"{100 * last['accuracy']:.2f} %", f"{last['seconds']:.0f} s",
                   flush=True)  # fmt: skip
-    command = f"python benchmarks/expand.py --seeds {options.seeds} --epochs {options.epochs}"
-    command += f" --samples {options.samples} --test {options.test} --ratio {options.ratio:g}"
-    command += f" --anneal {options.anneal[0]:g} {options.anneal[1]:g}"
-    if tuple(options.variants) != VARIANTS[1:]:
-        command += f" --variants {' '.join(options.variants)}"
-    command += f" --learning-rate {options.learning_rate:g}"
-    command += f" --weight-decay {options.weight_decay:g} --threads {options.threads}"
+    command = command_line("python benchmarks/expand.py", parser, options, ("name",))
     title = "Expanded convolutions on CIFAR-10: a small VGG from scratch, folded to one structure"
     write(options.name, title, command, table(runs, options.seeds), {"runs": runs})
 

@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import common
 import numpy as np
@@ -52,7 +52,7 @@ from graphfold.candidates import find_candidates
 from graphfold.errors import BudgetError
 from graphfold.graph import Graph
 from graphfold.masked_plans import Predictions, masked_plan
-from graphfold.masking import Budget, Per, find_masks
+from graphfold.masking import Budget, find_masks
 from graphfold.measures import LatencyTable, read_importance, read_latency
 from graphfold.model import Model, load, save, to_proto
 from graphfold.plan import Plan, read_plan
@@ -112,8 +112,7 @@ SIZES = {
         (1.3,)
     ),
     "short": Size(
-        5_000, 2_000, 0.5, 15, 2, 6, (0.45, 0.2), 0.1, (1.15, 1.3, 1.5), 3, 3, 250, 1, 1_000, 6,
-        (1.3,)
+        5_000, 2_000, 0.5, 15, 2, 6, (0.45,), 0.1, (1.15, 1.3, 1.5), 3, 3, 250, 1, 1_000, 6, (1.3,)
     ),
     "full": Size(
         50_000, 10_000, 1.0, 60, 18, 20, (0.6, 0.4), 0.1, (1.2, 1.5, 1.8), 5, 3, 2_000, 20, 2_000,
@@ -235,13 +234,10 @@ class Bench:
         size: how much is trained.
         folder: for the original and its tables; what lies there is used again.
         device: of torch.
-        per: a mask for each block, or for each activation.
     """
 
-    def __init__(
-        self, kind: Kind, size: Size, folder: Path, device: str, per: Per = "block"
-    ) -> None:
-        self.kind, self.size, self.folder, self.per = kind, size, folder, per
+    def __init__(self, kind: Kind, size: Size, folder: Path, device: str) -> None:
+        self.kind, self.size, self.folder = kind, size, folder
         self.group = Group(device=device)
         folder.mkdir(parents=True, exist_ok=True)
         first = self._first()
@@ -253,7 +249,7 @@ class Bench:
             save(self.trained(first, None, recipe).result.reference, path)
         self.original = load(path) if kind.trained is None else first
         self.candidates = find_candidates(Graph(self.original))
-        self.masks = find_masks(self.candidates, per)
+        self.masks = find_masks(self.candidates)
         self.seconds: dict[str, float] = {}
 
     def _first(self) -> Model:
@@ -421,7 +417,6 @@ class Methods:
                 self.bench.original,
                 self.bench.pictures.train,
                 [budget],
-                per=self.bench.per,
                 latency=self.bench.latency,
                 recipe=Recipe(epochs=size.searched, learning_rate=size.rate, seed=seed),
                 group=self.bench.group,
@@ -685,8 +680,7 @@ def rows_of(found: dict[str, Any]) -> list[list[str]]:
 
 def results_name(options: argparse.Namespace, part: str) -> str:
     """Of the files of results."""
-    name = f"training_{options.network}_{options.size}" + ("" if part == "table" else f"_{part}")
-    return name if options.per == "block" else f"{name}_{options.per}"
+    return f"training_{options.network}_{options.size}" + ("" if part == "table" else f"_{part}")
 
 
 def report(options: argparse.Namespace, part: str, known: dict[str, Any]) -> None:
@@ -703,7 +697,6 @@ def report(options: argparse.Namespace, part: str, known: dict[str, Any]) -> Non
     body.append(common.markdown(columns, rows_of(known["runs"])))
     title = f"Training on CIFAR-10: {TITLES[part]}"
     command = f"{COMMAND} --network {network} --size {name} --part {part}"
-    command += "" if options.per == "block" else f" --per {options.per}"
     common.write(results_name(options, part), title, command, "\n".join(body), known)
 
 
@@ -712,7 +705,6 @@ def main() -> None:
     parser.add_argument("--network", choices=list(NETWORKS), default="mobilenetv2")
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--part", choices=list(PARTS), nargs="+", default=["table"])
-    parser.add_argument("--per", choices=get_args(Per), default="block", help="what masks are on")
     parser.add_argument("--only", nargs="*", help="methods, by the beginning of their names")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, default=common.ROOT / "build" / "training")
@@ -720,7 +712,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder / f"{options.network}_{options.size}"
     kind, size = NETWORKS[options.network], SIZES[options.size]
-    bench = Bench(kind, size, folder, options.device, options.per)
+    bench = Bench(kind, size, folder, options.device)
     for part in options.part:
         run_part(bench, part, options)
 
