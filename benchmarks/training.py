@@ -6,7 +6,8 @@
 
 A MobileNetV2 for pictures of 32 x 32 (or a small VGG) is trained from first weights, a ResNet-20
 has been trained already; then every method makes it faster, for three budgets of latency, and
-trains what it made by one recipe: random masks, DepthShrinker's search, Depth, LayerOnly, one after
+trains what it made by one recipe: random masks, DepthShrinker's search by gradients, the search by
+the loss of sets, Depth, LayerOnly, one after
 the other, LayerMerge, the blocks that the search removes dropped whole, networks that are narrower
 from the beginning (with and without the original as teacher), and what `auto` finds, fitted before
 it is trained. `--part search` has the search beside as many random masks; `--part recovery` trains
@@ -46,7 +47,7 @@ from graphfold.calibration.latency import compare
 from graphfold.calibration.parallel import Group
 from graphfold.calibration.recipe import Recipe
 from graphfold.calibration.samples import Samples
-from graphfold.calibration.search import search
+from graphfold.calibration.search import By, search
 from graphfold.calibration.searched import Run
 from graphfold.candidates import find_candidates
 from graphfold.errors import BudgetError
@@ -73,7 +74,7 @@ class Size:
         width: multiplier of the network's channels.
         first: epochs from first weights.
         epochs: of every training after that.
-        searched: epochs of DepthShrinker's search.
+        searched: epochs of searches.
         kept: shares of the masks that are kept where the search is compared by numbers.
         rate: learning rate of both.
         speedups: budgets.
@@ -375,7 +376,7 @@ class Methods:
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
-        self._searched: dict[tuple[Budget, int], Run] = {}
+        self._searched: dict[tuple[Budget, int, By], Run] = {}
         self._found: dict[float, Plan] = {}
 
     def plan(self, method: str, speedup: float) -> Plan:
@@ -409,28 +410,29 @@ class Methods:
         network = _with_weights(bench.original, first.result.reference)
         return bench.train(both, model=network, epochs=half, seed=seed)
 
-    def search(self, budget: Budget, seed: int = 0) -> Run:
-        """DepthShrinker's search."""
-        if (budget, seed) not in self._searched:
+    def search(self, budget: Budget, seed: int = 0, by: By = "loss") -> Run:
+        """The search, or DepthShrinker's."""
+        if (budget, seed, by) not in self._searched:
             size = self.bench.size
             found = search(
                 self.bench.original,
                 self.bench.pictures.train,
                 [budget],
+                by=by,
                 latency=self.bench.latency,
                 recipe=Recipe(epochs=size.searched, learning_rate=size.rate, seed=seed),
                 group=self.bench.group,
             )
-            self._searched[budget, seed] = found.runs[0]
-        return self._searched[budget, seed]
+            self._searched[budget, seed, by] = found.runs[0]
+        return self._searched[budget, seed, by]
 
     def search_plan(self, speedup: float, seed: int = 0) -> Plan:
         """The plan of a search for a speedup."""
         return self.search(Budget("speedup", speedup), seed).plan
 
-    def searched(self, budget: Budget, seed: int = 0) -> dict[str, Any]:
-        """The search, and its plan trained."""
-        run = self.search(budget, seed)
+    def searched(self, budget: Budget, by: By, seed: int = 0) -> dict[str, Any]:
+        """A search, and its plan trained."""
+        run = self.search(budget, seed, by)
         return self.bench.train(run.plan, seed=seed) | _chosen(run.last.kept, run.latency)
 
     def random(self, budget: Budget, seed: int = 0) -> dict[str, Any]:
@@ -526,7 +528,8 @@ def table_runs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
                 runs[f"{name}|{speedup:g}|{seed}"] = partial(run, seed=seed)
 
         budget = Budget("speedup", speedup)
-        add("DepthShrinker's search", size.seeds, partial(methods.searched, budget))
+        for by, name in SEARCHES.items():
+            add(name, size.seeds, partial(methods.searched, budget, by))
         add("random masks", size.masks, partial(methods.random, budget))
         add("the search's blocks dropped", 1, partial(methods.dropped, speedup))
         for method, name in METHODS.items():
@@ -545,12 +548,11 @@ def search_runs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
     runs: dict[str, Callable[[], dict[str, Any]]] = {}
     for share in bench.size.kept:
         budget = Budget("keep", round(share * len(bench.masks)))
-        for name, run, seeds in (
-            ("DepthShrinker's search", methods.searched, 3),
-            ("random masks", methods.random, 5),
-        ):
+        ways = [(name, partial(methods.searched, budget, by), 3) for by, name in SEARCHES.items()]
+        ways.append(("random masks", partial(methods.random, budget), 5))
+        for name, run, seeds in ways:
             for seed in range(seeds):
-                runs[f"{name}|{budget.value:g}|{seed}"] = partial(run, budget, seed)
+                runs[f"{name}|{budget.value:g}|{seed}"] = partial(run, seed=seed)
     return runs
 
 
@@ -628,6 +630,7 @@ def label_runs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
+SEARCHES: dict[By, str] = {"loss": "the search", "gradient": "DepthShrinker's search"}
 METHODS = {"depth": "Depth", "layer-only": "LayerOnly", "layermerge": "LayerMerge"}
 TITLES = {
     "table": "accuracy against measured latency",

@@ -123,7 +123,10 @@ class MaskedModule(nn.Module):
 
     def decide(self) -> None:
         """Choose anew, by the importances as they are now."""
-        kept = self._choose(self.worth)
+        self.show(self._choose(self.worth))
+
+    def show(self, kept: Kept) -> None:
+        """Have these masks on until others are chosen."""
         self.binary.copy_(torch.tensor(kept, dtype=torch.float32))
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from graphfold.calibration.bridge import OnnxModule, bridge
+from graphfold.calibration.evaluating import evaluate
 from graphfold.calibration.matching import Target
 from graphfold.calibration.objective import Answers, Evaluation, answers
 from graphfold.calibration.parallel import Group
 from graphfold.calibration.samples import Samples
-from graphfold.calibration.training import evaluate
 from graphfold.errors import DataError, ModelError, UsageError
 from graphfold.graph import Graph
 

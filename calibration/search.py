@@ -1,31 +1,29 @@
-"""The search for activations that may go: masks and weights are trained together.
+"""The search for activations that may go: weights are trained with some of them masked.
 
-DepthShrinker (section 4.2): one number m for each block or activation, the largest are on in the
-forward, gradients pass straight to all of them, and a decay weighted by latency lowers those of
-costly ones; masks and weights learn at one level, by the recipe of fine-tuning. The weights of the
-search are not kept: fine-tuning starts from the model's own. Every budget and strength of the decay
-is a search of its own (appendix E), so that together they are a family of plans.
+By loss: with any masks that fit the budget, drawn for each step, and then sets of masks are
+compared by their losses (`sets`); costs are added to these. By gradient, DepthShrinker's way
+(section 4.2): one number m for each block or activation, the largest are on in the forward,
+gradients pass straight to all of them, and a decay weighted by latency lowers those of costly ones
+(`masks`); every budget and strength of the decay is a search of its own then (appendix E).
+
+Either way the recipe is that of fine-tuning, which starts from the model's own weights again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from graphfold.calibration import bridge  # noqa: F401 - says what to install without torch
 from graphfold.calibration.finetune import read_training
-from graphfold.calibration.masks import MaskedModule, MaskEpoch, MaskHooks, with_masks
-from graphfold.calibration.objective import Evaluation
-from graphfold.calibration.pairs import pair_up
 from graphfold.calibration.parallel import Group
 from graphfold.calibration.profile import profile_model
 from graphfold.calibration.recipe import Recipe
 from graphfold.calibration.samples import Samples
 from graphfold.calibration.searched import Run, Searched
-from graphfold.calibration.training import Told, Trained, train
-from graphfold.calibration.untie import untie
+from graphfold.calibration.searching import Asked, ByGradient, ByLoss, Setting
 from graphfold.candidates import find_candidates
 from graphfold.errors import UsageError
 from graphfold.graph import Graph
@@ -41,6 +39,7 @@ if TYPE_CHECKING:
     from graphfold.calibration.dataset import Dataset
     from graphfold.model import Model
 
+By = Literal["loss", "gradient"]
 # Of the published searches, in units of the mean saving of a mask: their 1e-4 times 30.
 DECAY = 3e-3
 MEASURED = "latency.json"
@@ -51,6 +50,7 @@ def search(
     samples: Samples,
     budgets: Sequence[Budget],
     *,
+    by: By = "loss",
     decays: Sequence[float] = (DECAY,),
     per: Per = "block",
     ends: bool = False,
@@ -74,6 +74,7 @@ def search(
         model: the original, in float32; not changed.
         samples: to train on; labels are not needed where there is a teacher.
         budgets: one plan for each, with each strength of the decay.
+        by: what tells masks apart: the loss of sets of them, or the gradients of each.
         decays: strengths, for masks whose saving is the mean one; 0 has none.
         per: a mask for each block, or for each activation that lies between convolutions.
         ends: masks for the network's first and last activation, too.
@@ -98,28 +99,36 @@ def search(
         BridgeError: the network does not run in torch. DataError: too few samples.
     """
     recipe, group = recipe or Recipe(), group or Group()
-    _check(budgets, decays)
+    _check(budgets, decays, by)
     candidates = find_candidates(Graph(model))
     masks = find_masks(candidates, per, ends=ends)
     predictions = None
     if latency is not None or any(decays) or any(each.unit != "keep" for each in budgets):
         table = _table(model, latency, folder, input_shapes, group, progress)
         predictions = Predictions(candidates, masks, table)
-    searching = _Searching(
-        model, samples, held_out, teacher, recipe, (alpha, temperature, smoothing), group, progress
+    setting = Setting(
+        model=model,
+        masks=masks,
+        weights=_weights(masks, predictions),
+        samples=samples,
+        held_out=held_out,
+        teacher=None if alpha == 0 else model if teacher is None else teacher,
+        recipe=recipe,
+        loss=(alpha, temperature, smoothing),
+        folder=folder,
+        about={"per": per, "ends": ends, "by": by, **(header or {})},
+        group=group,
+        progress=progress,
     )
-    about = {"per": per, "ends": ends, **(header or {})}
-    runs = []
+    way = ByLoss(setting) if by == "loss" else ByGradient(setting)
     plans = [(budget, decay) for budget in budgets for decay in decays]
-    choosers = [_chooser(budget, masks, predictions) for budget, _ in plans]
-    for number, ((budget, decay), chooser) in enumerate(zip(plans, choosers, strict=True)):
+    choosers = {budget: _chooser(budget, masks, predictions) for budget in budgets}
+    runs = []
+    for number, (budget, decay) in enumerate(plans):
         label = _label(budget, decay if len(decays) > 1 else None)
-        path = None if folder is None else folder / f"{label}.partial"
         stage = f"{label} ({number + 1} of {len(plans)})" if len(plans) > 1 else label
-        course, trained = searching.run(
-            masks, chooser, _weights(predictions), budget, decay, path, about, stage
-        )
-        removed = frozenset(at for at, on in enumerate(course[-1].kept) if not on)
+        found = way.run(Asked(label, budget, decay, choosers[budget], stage))
+        removed = frozenset(at for at, on in enumerate(found.last.kept) if not on)
         latency_ms = None if predictions is None else predictions.latency(removed)
         plan = masked_plan(
             model,
@@ -129,14 +138,14 @@ def search(
             boundary=boundary,
             objective=_objective(budget, decay, latency_ms, predictions),
         )
-        runs.append(Run(label, budget, decay, course, trained, plan, latency_ms))
+        runs.append(Run(label, budget, decay, found, plan, latency_ms))
     return Searched(
         tuple(masks),
         None if predictions is None else predictions.savings,
         None if predictions is None else predictions.original,
         recipe,
         tuple(runs),
-        searching.judged,
+        way.judged,
         tuple(_warnings(masks, predictions, runs, recipe)),
     )
 
@@ -160,74 +169,9 @@ def search_on(
     return search(model, samples, budgets, held_out=held_out, teacher=master, **options)
 
 
-class _Searching:
-    """What all searches of a model have in common."""
-
-    def __init__(
-        self,
-        model: Model,
-        samples: Samples,
-        held_out: Samples | None,
-        teacher: Model | nn.Module | None,
-        recipe: Recipe,
-        loss: tuple[float, float, float | None],
-        group: Group,
-        progress: Progress | None,
-    ) -> None:
-        self._model, self._samples, self._held_out = model, samples, held_out
-        self._recipe, self._loss, self._group, self._progress = recipe, loss, group, progress
-        self._teacher = None if loss[0] == 0 else model if teacher is None else teacher
-        self.judged: Evaluation | None = None
-
-    def run(
-        self,
-        masks: Sequence[Mask],
-        chooser: Chooser,
-        weights: Sequence[float] | None,
-        budget: Budget,
-        decay: float,
-        path: Path | None,
-        about: Mapping[str, Any],
-        stage: str,
-    ) -> tuple[tuple[MaskEpoch, ...], Trained]:
-        """One search from the original's weights."""
-        student, names = with_masks(untie(self._model), masks)
-        pair = pair_up(student, self._teacher, self._samples, self._held_out, *self._loss)
-        module = MaskedModule(pair.student, names, chooser).to(self._group.device)
-        hooks = MaskHooks(module, weights or [0.0] * len(masks), decay)
-        found = train(
-            module,
-            pair.teacher,
-            self._samples,
-            self._recipe,
-            objective=pair.objective,
-            held_out=self._held_out,
-            hooks=hooks,
-            checkpoint=path,
-            header={
-                "model": _digest(self._model),
-                "masks": [list(mask.sites) for mask in masks],
-                "weights": None if weights is None else list(weights),
-                "budget": str(budget),
-                "decay": decay,
-                "teacher": self._named_teacher(),
-                "loss": list(self._loss),
-                **about,
-            },
-            group=self._group,
-            progress=None if self._progress is None else _told(self._progress, stage, module),
-        )
-        if self.judged is None:
-            self.judged = pair.judge_teacher(self._held_out, self._group)
-        return tuple(hooks.course), found
-
-    def _named_teacher(self) -> str | None:
-        if self._teacher is None or isinstance(self._teacher, nn.Module):
-            return None if self._teacher is None else "a module"
-        return _digest(self._teacher)
-
-
-def _check(budgets: Sequence[Budget], decays: Sequence[float]) -> None:
+def _check(budgets: Sequence[Budget], decays: Sequence[float], by: str) -> None:
+    if by not in get_args(By):
+        raise UsageError(f"--by {by!r} is not known", hint="loss or gradient")
     if not budgets:
         raise UsageError("how much is to be kept?", hint="--keep K, --speedup X or --budget MS")
     if not decays or not all(math.isfinite(decay) and decay >= 0 for decay in decays):
@@ -269,10 +213,10 @@ def _chooser(budget: Budget, masks: Sequence[Mask], predictions: Predictions | N
     return Chooser(budget, predictions.savings, predictions.latency, predictions.original)
 
 
-def _weights(predictions: Predictions | None) -> list[float] | None:
+def _weights(masks: Sequence[Mask], predictions: Predictions | None) -> list[float]:
     """Of each mask in the decay: what its removal saves, over the mean of all."""
     if predictions is None:
-        return None
+        return [0.0] * len(masks)
     savings = [max(0.0, saving) for saving in predictions.savings]
     mean = sum(savings) / len(savings)
     return [saving / mean if mean > 0 else 0.0 for saving in savings]
@@ -306,19 +250,8 @@ def _objective(
 
 
 def _label(budget: Budget, decay: float | None) -> str:
-    text = f"{budget.unit}-{budget.value:g}"
-    return text if decay is None else f"{text}-decay-{decay:g}"
+    return budget.label if decay is None else f"{budget.label}-decay-{decay:g}"
 
 
 def _digest(model: Model) -> str:
     return digest(model.path if model.path is not None else model)
-
-
-def _told(progress: Progress, stage: str, module: MaskedModule) -> Callable[[Told], None]:
-    def tell(made: Told) -> None:
-        moment = made.moment
-        on = "".join("1" if each else "0" for each in module.kept)
-        text = f"{stage}: epoch {moment.epoch + 1}/{moment.epochs}, loss {made.loss:.4f}, on {on}"
-        progress(text, moment.done + 1, moment.total)
-
-    return tell

@@ -16,7 +16,8 @@ from graphfold.tables import Table, make_table
 if TYPE_CHECKING:
     from graphfold.calibration.objective import Evaluation
     from graphfold.calibration.recipe import Recipe
-    from graphfold.calibration.training import Trained
+    from graphfold.calibration.searching import Found
+    from graphfold.calibration.sets import SetChoice
     from graphfold.masking import Budget, Mask
     from graphfold.plan import Plan
 
@@ -30,8 +31,7 @@ class Run:
     Attributes:
         label: of the two; its plan's file name.
         budget, decay: as asked.
-        course: the masks before the search and after each epoch.
-        trained: losses over time.
+        found: masks and losses over time.
         plan: what goes.
         latency: predicted for it, in milliseconds; None without a latency table.
     """
@@ -39,24 +39,28 @@ class Run:
     label: str
     budget: Budget
     decay: float
-    course: tuple[MaskEpoch, ...]
-    trained: Trained
+    found: Found
     plan: Plan
     latency: float | None
 
     @property
     def last(self) -> MaskEpoch:
         """Where the masks ended."""
-        return self.course[-1]
+        return self.found.last
 
     @property
-    def stable_since(self) -> int:
-        """The epoch since whose end the same masks were on."""
-        return stable_since(self.course)
+    def stable_since(self) -> int | None:
+        """The epoch since whose end the same masks were on; None where none are, in training."""
+        return None if self.found.sets else stable_since(self.found.course)
+
+    @property
+    def held_out(self) -> Evaluation | None:
+        """On held-out samples, of weights and masks at the end; None where they were not judged."""
+        return self.found.trained.last.held_out
 
     def to_json(self) -> dict[str, Any]:
         """Part of the report."""
-        held_out = self.trained.last.held_out
+        found, masks = self.found, {each.number: each.to_json() for each in self.found.course}
         return {
             "label": self.label,
             "budget": self.budget.to_json(),
@@ -65,12 +69,12 @@ class Run:
             "importance": list(self.last.importance),
             "stable_since_epoch": self.stable_since,
             "predicted_ms": self.latency,
-            "held_out": None if held_out is None else held_out.to_json(),
-            "steps": self.trained.steps,
-            "continued": self.trained.continued,
+            "held_out": None if self.held_out is None else self.held_out.to_json(),
+            "sets": None if found.sets is None else found.sets.to_json(),
+            "steps": found.trained.steps,
+            "continued": found.trained.continued,
             "epochs": [
-                {**loss.to_json(), **masks.to_json()}
-                for loss, masks in zip(self.trained.epochs, self.course, strict=True)
+                {**each.to_json(), **masks.get(each.number, {})} for each in found.trained.epochs
             ],
             "plan": self.plan.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
         }
@@ -122,22 +126,31 @@ class Searched:
         return [self._plans(), self._masks()]
 
     def _plans(self) -> Table:
-        columns = ("plan", "kept", "stable since", "predicted ms", "speedup", "loss", "accuracy")
+        if self.runs[0].found.sets is None:
+            more, columns = _trained, ("stable since", "loss", "accuracy")
+            note = "Loss and accuracy on held-out samples at the search's end, before fine-tuning."
+        else:
+            more, columns = _judged, ("sets judged", "loss", "of any set")
+            note = (
+                "Loss with the weights of the search, which were trained for any set: of the "
+                "masks that were chosen, and the mean of sets that were drawn."
+            )
         rows = [
             (
                 run.label,
                 f"{sum(run.last.kept)} of {len(self.masks)}",
-                f"epoch {run.stable_since}",
                 None if run.latency is None else f"{run.latency:.3f}",
                 None
                 if run.latency is None or self.original is None
                 else f"{self.original / run.latency:.2f}x",
-                *_figures(run.trained.last.held_out),
+                *more(run),
             )
             for run in self.runs
         ]
-        note = "Loss and accuracy on held-out samples at the search's end, before fine-tuning."
-        return make_table(f"Search, {self.recipe.epochs} epochs", columns, rows, note=note)
+        title = f"Search, {self.recipe.epochs} epochs"
+        return make_table(
+            title, ("plan", "kept", "predicted ms", "speedup", *columns), rows, note=note
+        )
 
     def _masks(self) -> Table:
         columns = ("activations of", "saves ms", *(run.label for run in self.runs))
@@ -156,16 +169,8 @@ class Searched:
         return panels([self._panels(run) for run in self.runs])
 
     def _panels(self, run: Run) -> list[Panel]:
-        importances = [
-            Line(
-                mask.name,
-                [(each.number, each.importance[at]) for each in run.course],
-                run.last.kept[at],
-            )
-            for at, mask in enumerate(self.masks)
-        ]
         # Before training the statistics of a network without some activations fit nothing.
-        epochs = run.trained.epochs[1:]
+        epochs = run.found.trained.epochs[1:]
         losses = [
             Line("search", [(e.number, e.loss) for e in epochs if e.loss is not None], True),
             Line(
@@ -174,10 +179,22 @@ class Searched:
                 False,
             ),
         ]
-        changes = [Line("changes", [(each.number, each.changes) for each in run.course[1:]], True)]
+        loss = Panel("loss", "epoch", [line for line in losses if line.points])
+        if run.found.sets is not None:
+            return [_sets(f"{run.label}: loss of sets", run.found.sets), loss]
+        course = run.found.course
+        importances = [
+            Line(
+                mask.name,
+                [(each.number, each.importance[at]) for each in course],
+                run.last.kept[at],
+            )
+            for at, mask in enumerate(self.masks)
+        ]
+        changes = [Line("changes", [(each.number, each.changes) for each in course[1:]], True)]
         return [
             Panel(f"{run.label}: importance", "epoch", importances),
-            Panel("loss", "epoch", [line for line in losses if line.points]),
+            loss,
             Panel("masks switched", "epoch", changes),
         ]
 
@@ -197,8 +214,26 @@ class Searched:
         return [folder / name for name in contents]
 
 
-def _figures(found: Evaluation | None) -> tuple[str | None, str | None]:
+def _trained(run: Run) -> tuple[str | None, ...]:
+    """Columns of a search in which masks learned."""
+    stable, found = f"epoch {run.stable_since}", run.held_out
     if found is None:
-        return None, None
+        return stable, None, None
     share = found.agreement if found.accuracy is None else found.accuracy
-    return f"{found.loss:.4f}", None if share is None else f"{100 * share:.2f} %"
+    return stable, f"{found.loss:.4f}", None if share is None else f"{100 * share:.2f} %"
+
+
+def _judged(run: Run) -> tuple[str | None, ...]:
+    """Columns of a search that compared sets."""
+    sets = run.found.sets
+    assert sets is not None
+    return str(len(sets.judged)), f"{sets.loss:.4f}", f"{sets.mean:.4f}"
+
+
+def _sets(title: str, sets: SetChoice) -> Panel:
+    """Losses in the order of judging: first of sets that were drawn, then of neighbours."""
+    losses = [(number, loss) for number, (_, loss) in enumerate(sets.judged, start=1)]
+    lines = [Line("drawn", losses[: sets.drawn], False), Line("tried", losses[sets.drawn :], False)]
+    chosen = [(1, sets.loss), (len(losses), sets.loss)]
+    lines = [line for line in lines if line.points]
+    return Panel(title, "sets judged", [*lines, Line("chosen", chosen, True)])

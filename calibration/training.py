@@ -8,10 +8,9 @@ its share of every batch, and gradients and running statistics are averaged.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from graphfold.calibration.checkpoints import Checkpoint
+from graphfold.calibration.evaluating import (
+    answers,
+    by_channel,
+    evaluate,
+    gpus,
+    last_channels,
+    products,
+)
 from graphfold.calibration.objective import Evaluation, Objective
 from graphfold.calibration.parallel import Group
 from graphfold.calibration.recipe import Moment, Recipe
 from graphfold.calibration.samples import Samples, augment, draw, random_seed
 from graphfold.errors import DataError
 
-_JUDGED_TOGETHER = 256  # samples
-_SMALL_OUTPUT = 4096  # numbers for one sample
 _SAVED_EVERY = 30.0  # seconds
 _TOLD_EVERY = 0.2  # seconds
 
@@ -180,51 +185,8 @@ def train(
         "processes": run.group.size,
         **(header or {}),
     }
-    with torch.random.fork_rng(devices=_gpus(run.group.device)):
+    with torch.random.fork_rng(devices=gpus(run.group.device)):
         return run.complete(Checkpoint(checkpoint, about), progress)
-
-
-def evaluate(
-    module: nn.Module,
-    teacher: nn.Module | None,
-    samples: Samples,
-    objective: Objective,
-    *,
-    mixed: bool = False,
-    group: Group | None = None,
-    taught: dict[int, dict[str, Tensor]] | None = None,
-) -> Evaluation:
-    """How a network does on samples, as they are; all processes together.
-
-    Args:
-        module: the network; it keeps its mode.
-        teacher: to be compared with, in evaluation mode.
-        samples: to judge on.
-        objective: what is judged.
-        mixed: multiply in bfloat16.
-        group: the processes, which share the samples.
-        taught: the teacher's outputs by batch, kept from call to call where they are small.
-    """
-    group = group or Group()
-    was_training = module.training
-    module.eval()
-    total: Tensor | None = None
-    with torch.no_grad(), _products(group.device, mixed):
-        for number, positions in enumerate(samples.in_order(_JUDGED_TOGETHER, group.share)):
-            batch, labels = samples.take(positions, group.device)
-            known = None if taught is None else taught.get(number)
-            own, other = _answers(module, None if known else teacher, _by_channel(batch))
-            other = known or other
-            if taught is not None and other is not None and _is_small(other):
-                taught[number] = other
-            found = objective.sums(own, other, labels)
-            total = found if total is None else total + found
-    module.train(was_training)
-    if total is None:  # fewer batches than processes
-        batch, labels = samples.take(samples.in_order(1)[0], group.device)
-        with torch.no_grad():
-            total = torch.zeros_like(objective.sums(*_answers(module, teacher, batch), labels))
-    return objective.evaluation(group.total(total))
 
 
 class _Run:
@@ -251,7 +213,7 @@ class _Run:
         self.mixed = _is_mixed(recipe, group.device)
         for each in (module, teacher):
             for weight in () if each is None else each.parameters():
-                weight.data = _last_channels(weight.data)
+                weight.data = last_channels(weight.data)
         self.optimizer = _optimizer(hooks.groups(module, recipe), recipe)
         self.history: list[Epoch] = []
         self.taught: dict[int, dict[str, Tensor]] = {}
@@ -325,8 +287,8 @@ class _Run:
         batch, labels = self.samples.take(positions, self.group.device)
         if self.recipe.augment:
             batch = {name: augment(tensor, drawn) for name, tensor in batch.items()}
-        with _products(self.group.device, self.mixed):
-            own, other = _answers(self.module, self.teacher, _by_channel(batch))
+        with products(self.group.device, self.mixed):
+            own, other = answers(self.module, self.teacher, by_channel(batch))
         loss = self.objective.loss(own, other, labels)
         extra = self.hooks.loss(own)
         return loss if extra is None else loss + extra
@@ -414,45 +376,7 @@ def _optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Opti
     )
 
 
-def _answers(
-    module: nn.Module, teacher: nn.Module | None, batch: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    own = _wide(module(batch))
-    if teacher is None:
-        return own, None
-    with torch.no_grad():
-        return own, _wide(teacher(batch))
-
-
-def _is_small(outputs: Mapping[str, Tensor]) -> bool:
-    return all(tensor[0].numel() <= _SMALL_OUTPUT for tensor in outputs.values())
-
-
-def _wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    narrow = (torch.bfloat16, torch.float16)
-    return {name: t.float() if t.dtype in narrow else t for name, t in tensors.items()}
-
-
-def _by_channel(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: _last_channels(tensor) for name, tensor in batch.items()}
-
-
-def _last_channels(tensor: Tensor) -> Tensor:
-    """Channels last in memory, which convolutions are faster with."""
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
-
-
 def _is_mixed(recipe: Recipe, device: str) -> bool:
     if recipe.mixed is None:
         return device.startswith("cuda") and torch.cuda.is_bf16_supported()
     return recipe.mixed
-
-
-@contextlib.contextmanager
-def _products(device: str, mixed: bool) -> Iterator[None]:
-    with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=mixed):
-        yield
-
-
-def _gpus(device: str) -> list[int]:
-    return [torch.device(device).index or 0] if device.startswith("cuda") else []

@@ -19,12 +19,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from graphfold.calibration import bridge  # noqa: F401 - says what to install without torch
+from graphfold.calibration.evaluating import evaluate
 from graphfold.calibration.objective import Evaluation
 from graphfold.calibration.pairs import Pair, pair_up
 from graphfold.calibration.parallel import Group
 from graphfold.calibration.recipe import Recipe
 from graphfold.calibration.samples import Samples
-from graphfold.calibration.training import evaluate, train
+from graphfold.calibration.training import train
 from graphfold.calibration.trials import Trial
 from graphfold.calibration.untie import untie
 from graphfold.errors import DataError, GraphfoldError, PlanError

@@ -101,6 +101,15 @@ def _search(
             show_default=False,
         ),
     ] = None,
+    by: Annotated[
+        str,
+        typer.Option(
+            "--by",
+            metavar="loss|gradient",
+            help="loss: train for any set of masks that fits, then compare sets. gradient: "
+            "DepthShrinker's search, in which masks learn with the weights.",
+        ),
+    ] = "loss",
     per: Annotated[
         str,
         typer.Option(
@@ -119,9 +128,9 @@ def _search(
         typer.Option(
             "--decay",
             metavar="S,...",
-            help="How strongly costly blocks lose importance: weight of a decay in proportion to "
-            "the time that each saves; 0 for none. A plan for each with each budget. Default: "
-            "0.003.",
+            help="How strongly costly blocks lose importance: what is added to the loss in "
+            "proportion to the time that each saves; 0 for none. A plan for each with each budget. "
+            "Default: 0.003.",
             show_default=False,
         ),
     ] = None,
@@ -188,6 +197,7 @@ def _search(
     if model == STDIO and teacher == STDIO:
         raise UsageError("only one model can come from stdin")
     _check_choice("--boundary", boundary, ("auto", "exact", "hoist"))
+    _check_choice("--by", by, ("loss", "gradient"))
     _check_choice("--per", per, ("block", "activation"))
     budgets = _budgets(keep, speedup, budget)
     decays = None if decay is None else _numbers("--decay", decay)
@@ -219,6 +229,7 @@ def _search(
                 validation=arguments.judged(validation, preprocess, loaded, terminal),
                 teacher=None if teacher is None else arguments.source(teacher),
                 use_labels=not no_labels,
+                by=by,
                 decays=decays or [DECAY],
                 per=per,
                 ends=ends,
@@ -296,11 +307,13 @@ def _folder(out: str | None, model: str) -> Iterator[Path]:
 def _write(found: Searched, folder: Path, terminal: Terminal) -> None:
     written = found.write(folder)
     for run in found.runs:
-        (folder / f"{run.label}.partial").unlink(missing_ok=True)
+        (folder / run.found.checkpoint).unlink(missing_ok=True)
     terminal.close()
     for text in found.warnings:
         terminal.warn(text)
-    continued = sum(run.trained.continued for run in found.runs)
+    continued = sum(
+        {run.found.checkpoint: run.found.trained.continued for run in found.runs}.values()
+    )
     if continued:
         terminal.note(f"continued: {continued} steps were made before")
     terminal.show(found.to_json, found.tables())

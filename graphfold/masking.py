@@ -70,6 +70,11 @@ class Budget:
     def __str__(self) -> str:
         return f"{self.unit} {self.value:g}"
 
+    @property
+    def label(self) -> str:
+        """Of files."""
+        return f"{self.unit}-{self.value:g}"
+
     def to_json(self) -> dict[str, float]:
         """Part of a JSON document."""
         return {self.unit: int(self.value) if self.unit == "keep" else self.value}
@@ -200,6 +205,11 @@ class Chooser:
             raise UsageError(
                 f"{budget}: nothing has to go for that", hint="ask for more, or use --keep"
             )
+
+    @property
+    def masks(self) -> int:
+        """Their number."""
+        return len(self._savings)
 
     def __call__(self, importance: Sequence[float]) -> Kept:
         """The masks that stay on, largest importance first until the budget is full."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 
 import numpy as np
 import onnx
@@ -14,6 +12,8 @@ from onnx import numpy_helper
 from trainable import CLASSES, network, pictures
 
 torch = pytest.importorskip("torch")
+
+from together import two_processes  # noqa: E402
 
 import graphfold  # noqa: E402
 from graphfold.calibration import training  # noqa: E402 - needs torch
@@ -355,35 +355,12 @@ def test_a_killed_command_goes_on_to_the_same_bytes(files, monkeypatch, capfd):
     assert (files / "again.onnx").read_bytes() == (files / "tuned.onnx").read_bytes()
 
 
-def _forked(rank, environment, arguments):
-    """A process that runs the command as `torchrun` would; importing torch again takes seconds."""
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-            code = main(arguments)
-        finally:
-            os._exit(code)
-    return process
-
-
 def test_two_processes_train_as_one(files, capfd):
     # Without norms a batch in two shares is the same batch.
     save(load(network(norm=False)), files / "model.onnx")
     more = ("--learning-rate", "0.5", "--device", "cpu")
-    with socket.socket() as free_socket:
-        free_socket.bind(("127.0.0.1", 0))
-        port = free_socket.getsockname()[1]
-    environment = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-    }
     assert main(command(files, *more, "-q", out="one.onnx")) == 0
-    running = [_forked(rank, environment, command(files, *more, out="two.onnx")) for rank in (0, 1)]
-    assert [os.waitpid(process, 0)[1] for process in running] == [0, 0]
+    assert two_processes(command(files, *more, out="two.onnx")) == [0, 0]
     assert "Fine-tuning" in capfd.readouterr().out
     assert not (files / "two.onnx.partial").exists()
     one, two = weights(files / "one.onnx"), weights(files / "two.onnx")

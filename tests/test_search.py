@@ -14,6 +14,8 @@ from trainable import pictures
 
 torch = pytest.importorskip("torch")
 
+from together import two_processes  # noqa: E402
+
 import graphfold  # noqa: E402
 from graphfold.calibration import search as searching  # noqa: E402 - needs torch
 from graphfold.calibration import training  # noqa: E402
@@ -130,14 +132,15 @@ def test_the_decay_lowers_the_costliest_first():
     assert module.importance.argmax() == 0
 
 
-def test_with_the_decay_alone_the_costliest_blocks_go():
+@pytest.mark.parametrize("by", ["loss", "gradient"])
+def test_with_the_decay_alone_the_costliest_blocks_go(by):
     model = load(chain(4))
     merged = {"block0": 2.5, "block1": 0.5, "block2": 1.5, "block3": 2.0}
     budgets = [Budget("keep", count) for count in (1, 2, 3)]
     # So strong that nothing else counts; weights and importances hardly move.
     recipe = Recipe(epochs=1, batch_size=16, learning_rate=1e-4, augment=False, clip=None)
     options = {"latency": table_of(model, merged), "decays": (1e3,), "recipe": recipe}
-    found = search(model, samples(32), budgets, **options)
+    found = search(model, samples(32), budgets, by=by, **options)
     # 4 ms as it is (expansion, depthwise, projection, Add): block 1 saves the most.
     assert found.savings == pytest.approx([1.5, 3.5, 2.5, 2.0])
     assert [run.last.kept for run in found.runs] == [
@@ -145,13 +148,14 @@ def test_with_the_decay_alone_the_costliest_blocks_go():
         (True, False, False, True),
         (True, False, True, True),
     ]
-    for run in found.runs:
+    for run in found.runs if by == "gradient" else ():
         lost = [1.0 - worth for worth in run.last.importance]
         assert lost == pytest.approx([lost[1] * saved / 3.5 for saved in found.savings], rel=1e-2)
         assert 0.01 < lost[1] < 1
 
 
-def test_what_matters_to_the_task_is_kept():
+@pytest.mark.parametrize("by", ["loss", "gradient"])
+def test_what_matters_to_the_task_is_kept(by):
     # Labels are told by |x| alone: only the block whose activation sees that can tell them.
     net = ModelBuilder(("N", 2, 4, 4))
     y = "x"
@@ -171,15 +175,21 @@ def test_what_matters_to_the_task_is_kept():
     images = rng.choice([-1.0, 1.0], (128, 2, 4, 4)) * (0.1 + labels[:, None, None, None])
     data = Samples.of({"x": images.astype(np.float32)}, labels)
     recipe = Recipe(epochs=8, batch_size=32, learning_rate=0.4, augment=False)
-    found = search(model, data, [Budget("keep", 1)], decays=(0.0,), alpha=0.0, recipe=recipe)
+    options = {"by": by, "decays": (0.0,), "alpha": 0.0}
+    found = search(model, data, [Budget("keep", 1)], recipe=recipe, **options)
     (run,) = found.runs
     assert run.last.kept == (False, False, True)
     assert run.last.importance[2] == max(run.last.importance)
     assert found.warnings == ()
+    if by == "loss":
+        assert run.stable_since is None
+        losses = sorted(loss for _, loss in run.found.sets.judged)
+        assert losses[1] - losses[0] > 10 * (losses[2] - losses[1])
+        return
     # It was not on at the start, so one epoch is too few.
-    assert run.course[0].kept == (True, False, False)
+    assert run.found.course[0].kept == (True, False, False)
     recipe = Recipe(epochs=1, batch_size=32, learning_rate=0.4, augment=False)
-    found = search(model, data, [Budget("keep", 1)], decays=(0.0,), alpha=0.0, recipe=recipe)
+    found = search(model, data, [Budget("keep", 1)], recipe=recipe, **options)
     assert found.runs[0].stable_since == 1
     assert found.warnings[0].endswith("(keep-1): search for more epochs")
 
@@ -250,6 +260,7 @@ def test_the_report_has_curves_and_when_the_set_was_stable(tmp_path):
         model,
         samples(),
         budgets,
+        by="gradient",
         decays=(0.0, 0.01),
         latency=table_of(model, {"block0": 0.5, "block1": 1.0, "block2": 9.0}),
         held_out=samples(32, seed=1),
@@ -271,7 +282,9 @@ def test_the_report_has_curves_and_when_the_set_was_stable(tmp_path):
     report = json.loads((tmp_path / "search.json").read_text())
     for run, told in zip(found.runs, report["runs"], strict=True):
         changed = [each["epoch"] for each in told["epochs"] if each["changes"]]
-        assert told["stable_since_epoch"] == max(changed, default=0) == stable_since(run.course)
+        assert (
+            told["stable_since_epoch"] == max(changed, default=0) == stable_since(run.found.course)
+        )
         assert [each["epoch"] for each in told["epochs"]] == [0, 1, 2]
         assert told["epochs"][0]["importance"] == [1.0, 1.0, 1.0]
         assert told["epochs"][-1]["kept"] == told["kept"]
@@ -283,6 +296,52 @@ def test_the_report_has_curves_and_when_the_set_was_stable(tmp_path):
     assert drawn.count("<polyline") == 4 * 6
     assert len(found.tables()[0].rows) == 4
     assert len(found.tables()[1].rows) == 3
+
+
+def test_the_report_has_the_losses_of_sets(tmp_path):
+    model = load(chain(3))
+    table = table_of(model, {"block0": 0.5, "block1": 1.0, "block2": 9.0})
+    options = {"latency": table, "held_out": samples(32, seed=1), "recipe": RECIPE}
+    trained = []
+    found = search(
+        model,
+        samples(),
+        [Budget("keep", 1), Budget("speedup", 1.2)],
+        decays=(0.0, 1e3),
+        progress=lambda stage, done, total: trained.append(stage),
+        **options,
+    )
+    labels = ["keep-1-decay-0", "keep-1-decay-1000"]
+    labels += ["speedup-1.2-decay-0", "speedup-1.2-decay-1000"]
+    assert [run.label for run in found.runs] == labels
+    # The strengths share the weights of a budget.
+    assert found.runs[0].found.trained is found.runs[1].found.trained
+    assert found.runs[1].found.trained is not found.runs[2].found.trained
+    assert trained[-1] == "speedup-1.2-decay-1000 (4 of 4): sets of masks"
+    # Keeping the third mask costs nothing.
+    assert found.runs[1].last.kept == (False, False, True)
+    for run in found.runs[2:]:
+        assert found.original / run.latency >= 1.2 * (1 - 1e-9)
+    found.write(tmp_path)
+    report = json.loads((tmp_path / "search.json").read_text())
+    for run, told in zip(found.runs, report["runs"], strict=True):
+        assert [each["epoch"] for each in told["epochs"]] == [0, 1, 2]
+        assert told["stable_since_epoch"] is None
+        assert told["held_out"] is None
+        judged = {tuple(each["kept"]): each["loss"] for each in told["sets"]["judged"]}
+        assert judged[tuple(told["kept"])] == told["sets"]["loss"]
+        if run.decay == 0:
+            assert told["sets"]["loss"] == min(judged.values())
+    # All sets of one were judged, and each of them once.
+    assert len(report["runs"][0]["sets"]["judged"]) == 3
+    assert report["runs"][0]["sets"]["judged"] == report["runs"][1]["sets"]["judged"]
+    picture = (tmp_path / "search.svg").read_text()
+    # For every run the losses of sets that were drawn, of the one that was chosen, of training.
+    assert picture.count("<polyline") == 4 * 3
+    plans, masks = found.tables()
+    assert plans.columns[-3:] == ("sets judged", "loss", "of any set")
+    assert [row[4] for row in plans.rows[:2]] == ["3", "3"]
+    assert len(masks.rows) == 3
 
 
 def test_what_is_on_is_chosen_anew_after_each_epoch():
@@ -356,8 +415,9 @@ def command(files, *more, out="found"):
     ]
 
 
-def test_a_killed_search_goes_on_to_the_same_bytes(files, monkeypatch, capfd):
-    asked = ("--keep", "1,2", "--decay", "0.01")
+@pytest.mark.parametrize("by", ["loss", "gradient"])
+def test_a_killed_search_goes_on_to_the_same_bytes(files, monkeypatch, capfd, by):
+    asked = ("--keep", "1,2", "--decay", "0.01", "--by", by)
     assert main(command(files, *asked, "--json")) == 0
     document = json.loads(capfd.readouterr().out)
     names = ["keep-1.json", "keep-2.json", "search.json", "search.svg"]
@@ -379,8 +439,13 @@ def test_a_killed_search_goes_on_to_the_same_bytes(files, monkeypatch, capfd):
         assert main(command(files, *asked, "-q", out="again")) == 130
     found = sorted(path.name for path in (files / "again").iterdir())
     assert found == ["keep-1.partial", "keep-2.partial"]
-    assert main(command(files, "--keep", "1,2", "--decay", "0.02", "-q", out="again")) == 2
-    assert "decay 0.01, now 0.02" in capfd.readouterr().err
+    if by == "gradient":  # in the other way the decay only chooses
+        other = (*asked[:3], "0.02", *asked[4:])
+        assert main(command(files, *other, "-q", out="again")) == 2
+        assert "decay 0.01, now 0.02" in capfd.readouterr().err
+    way = {"loss": "gradient", "gradient": "loss"}[by]
+    assert main(command(files, *asked[:4], "--by", way, "-q", out="again")) == 2
+    assert f"by {by!r}, now {way!r}" in capfd.readouterr().err
     assert main(command(files, *asked, out="again")) == 0
     assert "continued: 13 steps" in capfd.readouterr().err
     assert sorted(path.name for path in (files / "again").iterdir()) == names
@@ -392,6 +457,19 @@ def test_a_killed_search_goes_on_to_the_same_bytes(files, monkeypatch, capfd):
                 run["continued"] = 0
             theirs = json.loads(theirs)
         assert ours == theirs
+
+
+def test_two_processes_search_as_one(files, capfd):
+    asked = ("--keep", "1", "--decay", "0,100", "--device", "cpu", "--json")
+    assert two_processes(command(files, *asked)) == [0, 0]
+    document = json.loads(capfd.readouterr().out)  # of one of them
+    costly, cheap = document["runs"]
+    for run in (costly, cheap):
+        assert len(run["sets"]["judged"]) == 3
+        assert run["steps"] == 8
+    assert cheap["kept"] == [0, 0, 1]  # what saves the least
+    assert costly["sets"]["loss"] == min(each["loss"] for each in costly["sets"]["judged"])
+    assert not list((files / "found").glob("*.partial"))
 
 
 def test_plans_of_the_command_are_fine_tuned_and_folded(files, capfd):
@@ -416,6 +494,7 @@ def test_plans_of_the_command_are_fine_tuned_and_folded(files, capfd):
         (("--keep", "1", "--decay", "-1"), "the decay's strength is 0 or more"),
         (("--speedup", "9"), "without any of the 3 masks the network takes"),
         (("--keep", "1", "--per", "layer"), "--per 'layer' is not known"),
+        (("--keep", "1", "--by", "chance"), "--by 'chance' is not known"),
         (("--keep", "1", "-o", "-"), "the result goes to a folder"),
     ],
 )

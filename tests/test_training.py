@@ -15,10 +15,11 @@ torch = pytest.importorskip("torch")
 from graphfold.calibration import training  # noqa: E402 - needs torch
 from graphfold.calibration.bridge import bridge  # noqa: E402
 from graphfold.calibration.checkpoints import Checkpoint  # noqa: E402
+from graphfold.calibration.evaluating import evaluate  # noqa: E402
 from graphfold.calibration.objective import answers  # noqa: E402
 from graphfold.calibration.recipe import Recipe  # noqa: E402
 from graphfold.calibration.samples import Samples, augment, draw  # noqa: E402
-from graphfold.calibration.training import Hooks, evaluate, train  # noqa: E402
+from graphfold.calibration.training import Hooks, train  # noqa: E402
 from graphfold.errors import DataError, UsageError  # noqa: E402
 from graphfold.model import load, to_proto  # noqa: E402
 
