@@ -53,7 +53,7 @@ from graphfold.candidates import find_candidates
 from graphfold.errors import BudgetError
 from graphfold.graph import Graph
 from graphfold.masked_plans import Predictions, masked_plan
-from graphfold.masking import Budget, find_masks
+from graphfold.masking import Budget, Chooser, find_masks
 from graphfold.measures import LatencyTable, read_importance, read_latency
 from graphfold.model import Model, load, save, to_proto
 from graphfold.plan import Plan, read_plan
@@ -79,7 +79,8 @@ class Size:
         rate: learning rate of both.
         speedups: budgets.
         masks: random masks for each budget.
-        seeds: of the search and of the trainings that are compared by their means.
+        searches: seeds of searches.
+        seeds: of the trainings with and without labels.
         scored: pictures of one training of LayerMerge's importance.
         scored_epochs: times that they are seen.
         calibrated: pictures that fits see.
@@ -98,6 +99,7 @@ class Size:
     rate: float
     speedups: tuple[float, ...]
     masks: int
+    searches: int
     seeds: int
     scored: int
     scored_epochs: int
@@ -107,17 +109,18 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(400, 200, 0.5, 1, 1, 2, (0.5,), 0.1, (1.15,), 1, 1, 32, 1, 80, 2, (1.15,)),
+    "tiny": Size(400, 200, 0.5, 1, 1, 2, (0.5,), 0.1, (1.15,), 1, 1, 1, 32, 1, 80, 2, (1.15,)),
     "small": Size(
-        10_000, 2_000, 0.5, 15, 2, 10, (0.6, 0.4), 0.1, (1.15, 1.3, 1.5), 3, 2, 250, 2, 1_000, 6,
+        10_000, 2_000, 0.5, 15, 2, 10, (0.6, 0.4), 0.1, (1.15, 1.3, 1.5), 5, 3, 2, 250, 2, 1_000, 6,
         (1.3,)
     ),
     "short": Size(
-        5_000, 2_000, 0.5, 15, 2, 6, (0.45,), 0.1, (1.15, 1.3, 1.5), 3, 3, 250, 1, 1_000, 6, (1.3,)
+        5_000, 2_000, 0.5, 15, 2, 6, (0.45,), 0.1, (1.15, 1.3, 1.5), 5, 3, 3, 250, 1, 1_000, 6,
+        (1.3,),
     ),
     "full": Size(
-        50_000, 10_000, 1.0, 60, 18, 20, (0.6, 0.4), 0.1, (1.2, 1.5, 1.8), 5, 3, 2_000, 20, 2_000,
-        18, (1.2, 1.5, 1.8),
+        50_000, 10_000, 1.0, 60, 18, 20, (0.6, 0.4), 0.1, (1.2, 1.5, 1.8), 5, 3, 3, 2_000, 20,
+        2_000, 18, (1.2, 1.5, 1.8),
     ),
 }  # fmt: skip
 
@@ -436,17 +439,16 @@ class Methods:
         return self.bench.train(run.plan, seed=seed) | _chosen(run.last.kept, run.latency)
 
     def random(self, budget: Budget, seed: int = 0) -> dict[str, Any]:
-        """As many masks on as after the search, any of them, merged by the same table."""
-        bench = self.bench
-        count = round(budget.value)
-        if budget.unit != "keep":
-            count = sum(self.search(budget, seed % bench.size.seeds).last.kept)
-        rng = np.random.default_rng([seed, round(100 * budget.value)])
-        on = frozenset(rng.choice(len(bench.masks), count, replace=False).tolist())
-        gone = frozenset(range(len(bench.masks))) - on
+        """Masks in any order, as many on as fit the budget, merged by the same table."""
+        bench, count = self.bench, len(self.bench.masks)
         predictions = Predictions(bench.candidates, bench.masks, bench.latency)
+        savings, latency, original = (
+            predictions.savings, predictions.latency, predictions.original
+        )  # fmt: skip
+        rng = np.random.default_rng([seed, round(100 * budget.value)])
+        kept = Chooser(budget, savings, latency, original)(rng.permutation(count).tolist())
+        gone = frozenset(at for at, on in enumerate(kept) if not on)
         plan = masked_plan(bench.original, bench.masks, gone, predictions)
-        kept = [at in on for at in range(len(bench.masks))]
         return bench.train(plan, seed=seed) | _chosen(kept, predictions.latency(gone))
 
     def dropped(self, speedup: float, seed: int = 0) -> dict[str, Any]:
@@ -529,7 +531,7 @@ def table_runs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
 
         budget = Budget("speedup", speedup)
         for by, name in SEARCHES.items():
-            add(name, size.seeds, partial(methods.searched, budget, by))
+            add(name, size.searches, partial(methods.searched, budget, by))
         add("random masks", size.masks, partial(methods.random, budget))
         add("the search's blocks dropped", 1, partial(methods.dropped, speedup))
         for method, name in METHODS.items():
@@ -548,8 +550,11 @@ def search_runs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
     runs: dict[str, Callable[[], dict[str, Any]]] = {}
     for share in bench.size.kept:
         budget = Budget("keep", round(share * len(bench.masks)))
-        ways = [(name, partial(methods.searched, budget, by), 3) for by, name in SEARCHES.items()]
-        ways.append(("random masks", partial(methods.random, budget), 5))
+        ways = [
+            (name, partial(methods.searched, budget, by), bench.size.searches)
+            for by, name in SEARCHES.items()
+        ]
+        ways.append(("random masks", partial(methods.random, budget), bench.size.masks))
         for name, run, seeds in ways:
             for seed in range(seeds):
                 runs[f"{name}|{budget.value:g}|{seed}"] = partial(run, seed=seed)

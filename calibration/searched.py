@@ -130,10 +130,11 @@ class Searched:
             more, columns = _trained, ("stable since", "loss", "accuracy")
             note = "Loss and accuracy on held-out samples at the search's end, before fine-tuning."
         else:
-            more, columns = _judged, ("sets judged", "loss", "of any set")
+            more, columns = _judged, ("loss", "of any set", "explained")
             note = (
                 "Loss with the weights of the search, which were trained for any set: of the "
-                "masks that were chosen, and the mean of sets that were drawn."
+                "masks that were chosen, and the mean of sets that were drawn; explained: share of "
+                "the differences between sets that the importances below explain."
             )
         rows = [
             (
@@ -227,13 +228,11 @@ def _judged(run: Run) -> tuple[str | None, ...]:
     """Columns of a search that compared sets."""
     sets = run.found.sets
     assert sets is not None
-    return str(len(sets.judged)), f"{sets.loss:.4f}", f"{sets.mean:.4f}"
+    return f"{sets.loss:.4f}", f"{sets.mean:.4f}", f"{100 * sets.explained:.0f} %"
 
 
 def _sets(title: str, sets: SetChoice) -> Panel:
-    """Losses in the order of judging: first of sets that were drawn, then of neighbours."""
-    losses = [(number, loss) for number, (_, loss) in enumerate(sets.judged, start=1)]
-    lines = [Line("drawn", losses[: sets.drawn], False), Line("tried", losses[sets.drawn :], False)]
+    """Losses of sets that were drawn, lowest first, and of the one that was chosen."""
+    losses = list(enumerate(sorted(loss for _, loss in sets.judged), start=1))
     chosen = [(1, sets.loss), (len(losses), sets.loss)]
-    lines = [line for line in lines if line.points]
-    return Panel(title, "sets judged", [*lines, Line("chosen", chosen, True)])
+    return Panel(title, "sets", [Line("drawn", losses, False), Line("chosen", chosen, True)])

@@ -4,14 +4,13 @@ The gradient of a mask that is on says what a little more or less of an activati
 what the network is without it, so a search by gradients alone (`masks`) hardly tells masks apart.
 Here every step of the training has other masks on, drawn from all sets that fit the budget; the
 loss of a set can then be looked at without training it, as one-shot architecture search does (Guo
-et al., ECCV 2020: single paths, drawn uniformly). A linear fit to the losses of some sets says what
-each mask is worth among the others, and the choice goes on from there to sets with a lower loss,
-one mask exchanged for another at a time, since masks stand in for each other.
+et al., ECCV 2020: single paths, drawn uniformly). Shared weights say little about one set and more
+about a mask in many: a linear fit to the losses of sets says what each mask is worth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +31,8 @@ if TYPE_CHECKING:
 # Sets that a training draws from: what fits a budget of time takes time to tell.
 _POOL = 256
 _SAMPLES = 512  # that sets are judged by
-_DRAWN = 32  # sets that the fit is made to, at least
-_DRAWN_PER_MASK = 3
-_EXCHANGED = 2  # sets that are judged after these, for each of them
+_SETS = 64  # that the fit is made to, at least
+_SETS_PER_MASK = 4
 
 
 @dataclass(frozen=True)
@@ -43,33 +41,30 @@ class SetChoice:
 
     Attributes:
         kept: the masks that are on.
-        importance: by what the loss is higher without each mask, mean over the sets that were
-            drawn; as all of them fit the budget, without it is with another one.
-        judged: sets in the order of judging, and their losses.
-        drawn: how many of them, at the beginning, were drawn.
+        importance: by what the loss is higher without each mask, by a linear fit to the sets that
+            were judged; as all of them fit the budget, without it is with another one.
+        loss: of the set that was chosen.
+        judged: sets that were drawn, and their losses.
+        explained: share of the variance of these losses that the fit explains.
     """
 
     kept: Kept
     importance: tuple[float, ...]
+    loss: float
     judged: tuple[tuple[Kept, float], ...]
-    drawn: int
-
-    @property
-    def loss(self) -> float:
-        """Of the set that was chosen."""
-        return dict(self.judged)[self.kept]
+    explained: float
 
     @property
     def mean(self) -> float:
         """Loss of a set that is drawn."""
-        return float(np.mean([loss for _, loss in self.judged[: self.drawn]]))
+        return float(np.mean([loss for _, loss in self.judged]))
 
     def to_json(self) -> dict[str, Any]:
         """Part of the report."""
         return {
-            "drawn": self.drawn,
             "loss": self.loss,
-            "mean_loss_of_drawn": self.mean,
+            "mean_loss": self.mean,
+            "explained_by_fit": self.explained,
             "judged": [
                 {"kept": [int(on) for on in kept], "loss": loss} for kept, loss in self.judged
             ],
@@ -154,7 +149,7 @@ def choose_set(
     seed: int,
     told: Callable[[int, int], None] | None = None,
 ) -> SetChoice:
-    """The set of masks with the lowest loss and costs that is found.
+    """The masks that are worth most, less their costs, by the losses of sets that are drawn.
 
     Args:
         loss: of a set.
@@ -163,87 +158,42 @@ def choose_set(
         seed: of the sets that are drawn.
         told: called with (sets judged, most that will be).
     """
-    search = _SetSearch(loss, chooser, costs, told)
-    search.draw(np.random.default_rng(seed))
-    worth = search.fit()
-    drawn = len(search.judged)
+    judged: dict[Kept, float] = {}
+    rng, wanted = np.random.default_rng(seed), max(_SETS, _SETS_PER_MASK * len(costs))
+    for _ in range(4 * wanted):  # where there are few sets, not so many are different
+        kept = _drawn_set(chooser, rng)
+        if kept not in judged:
+            judged[kept] = loss(kept)
+            if told is not None:
+                told(len(judged), wanted + 1)
+        if len(judged) == wanted:
+            break
+    worth, explained = _fit(list(judged), list(judged.values()))
     net = [each - cost for each, cost in zip(worth, costs, strict=True)]
-    search.judge(chooser(net))
-    search.exchange(net)
-    return SetChoice(search.lowest, tuple(worth), tuple(search.judged.items()), drawn)
+    # Within a budget of time the masks that are worth most need not be the set that is.
+    kept = max([chooser(net), *judged], key=lambda kept: _sum(net, kept))
+    chosen = judged[kept] if kept in judged else loss(kept)
+    if told is not None:
+        told(wanted + 1, wanted + 1)
+    return SetChoice(kept, tuple(worth), chosen, tuple(judged.items()), explained)
 
 
-class _SetSearch:
-    """Sets that have been judged, and the lowest among them."""
+def _sum(net: Sequence[float], kept: Kept) -> float:
+    return sum(each for each, on in zip(net, kept, strict=True) if on)
 
-    def __init__(
-        self,
-        loss: Callable[[Kept], float],
-        chooser: Chooser,
-        costs: Sequence[float],
-        told: Callable[[int, int], None] | None,
-    ) -> None:
-        self._loss, self._chooser, self._costs, self._told = loss, chooser, costs, told
-        self._wanted = max(_DRAWN, _DRAWN_PER_MASK * len(costs))
-        self._most = self._wanted * (1 + _EXCHANGED)
-        self.judged: dict[Kept, float] = {}
-        self.lowest: Kept = ()
 
-    def judge(self, kept: Kept) -> bool:
-        """Look at a set; whether it is the lowest by now."""
-        if kept in self.judged:
-            return False
-        self.judged[kept] = self._loss(kept)
-        if self._told is not None:
-            self._told(len(self.judged), self._most)
-        if self.lowest and self._total(kept) >= self._total(self.lowest):
-            return False
-        self.lowest = kept
-        return True
-
-    def _total(self, kept: Kept) -> float:
-        paid = sum(cost for cost, on in zip(self._costs, kept, strict=True) if on)
-        return self.judged[kept] + paid
-
-    def draw(self, rng: np.random.Generator) -> None:
-        """Judge sets that fit the budget, as many as are wanted or as there seem to be."""
-        for _ in range(4 * self._wanted):
-            if len(self.judged) == self._wanted:
-                return
-            self.judge(_drawn_set(self._chooser, rng))
-
-    def fit(self) -> list[float]:
-        """By how much the loss is higher without each mask: a linear fit, shrunk a little."""
-        masks = np.array(list(self.judged), np.float64)
-        losses = np.array(list(self.judged.values()))
-        masks -= masks.mean(0)
-        # Sets of one size have columns that sum to a constant; the ridge settles what that leaves
-        # open, and counts as one set more.
-        ridge = np.eye(masks.shape[1]) * masks.var(0).mean()
-        slopes = np.linalg.lstsq(
-            masks.T @ masks + ridge, masks.T @ (losses - losses.mean()), rcond=None
-        )[0]
-        return [-float(slope) for slope in slopes]
-
-    def exchange(self, worth: Sequence[float]) -> None:
-        """From the lowest set to lower ones nearby, by the fit's order, until there are none."""
-        waiting = self._neighbours(worth)
-        while len(self.judged) < self._most and (kept := next(waiting, None)) is not None:
-            if self.judge(kept):
-                waiting = self._neighbours(worth)
-
-    def _neighbours(self, worth: Sequence[float]) -> Iterator[Kept]:
-        """The lowest set with one mask off and another one on."""
-        on = [at for at, each in enumerate(self.lowest) if each]
-        off = [at for at, each in enumerate(self.lowest) if not each]
-        on.sort(key=lambda at: -worth[at])
-        off.sort(key=lambda at: -worth[at])
-        pairs = sorted(
-            ((out, into) for out in on for into in off), key=lambda p: worth[p[0]] - worth[p[1]]
-        )
-        for out, into in pairs:
-            order = [into, *(at for at in on if at != out), *(at for at in off if at != into), out]
-            yield self._chooser(_ranks(order))
+def _fit(sets: Sequence[Kept], losses: Sequence[float]) -> tuple[list[float], float]:
+    """By how much the loss is higher without each mask, and how much of it that explains."""
+    masks = np.array(sets, np.float64)
+    masks -= masks.mean(0)
+    rest = np.array(losses) - np.mean(losses)
+    # Sets of one size have columns that sum to a constant; the ridge settles what that leaves
+    # open, and counts as one set more.
+    ridge = np.eye(masks.shape[1]) * masks.var(0).mean()
+    slopes = np.linalg.lstsq(masks.T @ masks + ridge, masks.T @ rest, rcond=None)[0]
+    total = float(rest @ rest)
+    left = float(np.sum((rest - masks @ slopes) ** 2))
+    return [-float(slope) for slope in slopes], 1 - left / total if total else 1.0
 
 
 def _drawn_set(chooser: Chooser, rng: np.random.Generator) -> Kept:
