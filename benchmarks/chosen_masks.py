@@ -1,10 +1,10 @@
-"""How good the masks are that the search chooses, in networks so small that all can be tried.
+"""How good the masks are that searches choose, in networks so small that all can be tried.
 
     python benchmarks/chosen_masks.py
 
 Chains of eight inverted-residual blocks of different strength, random weights, random pictures, the
 network itself as teacher: every set of three blocks that keep their activations is trained for half
-as long as a search, and its loss compared with that of the set that the search chooses. 0 is the
+as long as a search, and its loss compared with that of the set that a search chooses. 0 is the
 best set of all 56, 1 as good as the mean of all: what drawing one at random comes to.
 """
 
@@ -14,7 +14,7 @@ import argparse
 import itertools
 import statistics
 import time
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -25,7 +25,7 @@ from networks import Network, open_batch
 from graphfold.calibration.finetune import finetune
 from graphfold.calibration.recipe import Recipe
 from graphfold.calibration.samples import Samples
-from graphfold.calibration.search import search
+from graphfold.calibration.search import By, search
 from graphfold.candidates import find_candidates
 from graphfold.graph import Graph
 from graphfold.masked_plans import masked_plan
@@ -81,11 +81,12 @@ def row(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     model, data = load(chain(seed)), pictures(options.pictures, seed)
     known = losses(model, data, options.epochs // 2)
     best, mean = min(known.values()), statistics.mean(known.values())
-    searches = []
-    for search_seed in range(options.searches):
-        how = {"recipe": recipe(options.epochs, search_seed), "decays": (0.0,)}
-        run = search(model, data, [Budget("keep", KEPT)], **how).runs[0]
-        searches.append((known[run.last.kept] - best) / (mean - best))
+    searches: dict[str, list[float]] = {by: [] for by in get_args(By)}
+    for by, found in searches.items():
+        for search_seed in range(options.searches):
+            how = {"by": by, "recipe": recipe(options.epochs, search_seed), "decays": (0.0,)}
+            run = search(model, data, [Budget("keep", KEPT)], **how).runs[0]
+            found.append((known[run.last.kept] - best) / (mean - best))
     return {
         "network": seed,
         "best": best,
@@ -112,13 +113,16 @@ def main() -> None:
         [
             str(each["network"]),
             *(f"{each[name]:.4f}" for name in ("best", "mean", "worst")),
-            ", ".join(f"{chosen:.2f}" for chosen in each["searches"]),
+            *(", ".join(f"{chosen:.2f}" for chosen in each["searches"][by]) for by in get_args(By)),
         ]
         for each in rows
     ]
-    chosen = statistics.mean(chosen for each in rows for chosen in each["searches"])
-    columns = ["network", "best loss", "mean", "worst", "of the search's sets"]
-    body = markdown(columns, [*shown, ["mean", "", "", "", f"{chosen:.2f}"]])
+    means = [
+        f"{statistics.mean(chosen for each in rows for chosen in each['searches'][by]):.2f}"
+        for by in get_args(By)
+    ]
+    columns = ["network", "best loss", "mean", "worst", *(f"--by {by}" for by in get_args(By))]
+    body = markdown(columns, [*shown, ["mean", "", "", "", *means]])
     command = command_line(COMMAND, parser, options, ())
     write("chosen_masks", "Masks that searches choose", command, body, {"networks": rows})
 

@@ -259,18 +259,24 @@ def finetune_on(
 
 
 def read_training(
-    data: Dataset, validation: Dataset | None, teacher: Any, use_labels: bool
-) -> tuple[Samples, Samples, Model | nn.Module | None]:
-    """Samples to train on and to judge on, and the teacher; without others a tenth judges.
+    data: Dataset,
+    validation: Dataset | None,
+    teacher: Any,
+    use_labels: bool,
+    *,
+    hold_back: bool = True,
+) -> tuple[Samples, Samples | None, Model | nn.Module | None]:
+    """Samples to train on and to judge on, and the teacher.
+
+    Without others to judge on a tenth is held back, or there are none.
 
     Raises:
         DataError: what is read does not fit the model. ModelError: the teacher cannot be read.
     """
     samples = Samples.of_dataset(data)
-    if validation is None:
+    held_out = None if validation is None else Samples.of_dataset(validation)
+    if held_out is None and hold_back:
         samples, held_out = samples.split(max(1, len(samples) // _HELD_BACK))
-    else:
-        held_out = Samples.of_dataset(validation)
     if not use_labels:
         samples = samples.without_labels()
     master = teacher if teacher is None or isinstance(teacher, nn.Module) else load_any(teacher)

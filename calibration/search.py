@@ -81,7 +81,7 @@ def search(
         latency: a latency table; where it is None and a decay or a budget of time needs one, this
             device is measured.
         boundary: where padding stands in merged segments.
-        held_out: samples to judge on.
+        held_out: samples to judge on; by loss sets of masks are, otherwise by some to train on.
         teacher: to learn from; by default the original. With `alpha` 0 there is none.
         recipe: how to train, as in fine-tuning.
         alpha: the teacher's part of the loss where there are labels; 1 where there are none.
@@ -157,16 +157,19 @@ def search_on(
     validation: Dataset | None,
     teacher: Any,
     *,
+    by: By = "loss",
     use_labels: bool = True,
     **options: Any,
 ) -> Searched:
-    """Search on data sets; without one to judge on, a tenth of the data is held back.
+    """Search on data sets; by gradient a tenth of the data is held back where none is to judge on.
 
     Raises:
         as `search`.
     """
-    samples, held_out, master = read_training(data, validation, teacher, use_labels)
-    return search(model, samples, budgets, held_out=held_out, teacher=master, **options)
+    samples, held_out, master = read_training(
+        data, validation, teacher, use_labels, hold_back=by == "gradient"
+    )
+    return search(model, samples, budgets, by=by, held_out=held_out, teacher=master, **options)
 
 
 def _check(budgets: Sequence[Budget], decays: Sequence[float], by: str) -> None:

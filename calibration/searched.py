@@ -158,7 +158,7 @@ class Searched:
         rows = []
         for number, mask in enumerate(self.masks):
             worth = [
-                f"{run.last.importance[number]:.3f}{'' if run.last.kept[number] else ' off'}"
+                f"{run.last.importance[number]:.4f}{'' if run.last.kept[number] else ' off'}"
                 for run in self.runs
             ]
             saving = None if self.savings is None else f"{self.savings[number]:.3f}"

@@ -209,8 +209,15 @@ class ByLoss(Way):
         hooks = DrawnMasks(module, asked.chooser, setting.recipe.seed)
         # Running statistics are of all sets together: there is nothing to judge held-out by.
         trained = self.train(pair, module, hooks, None, asked, checkpoint)
-        given = (setting.samples, setting.recipe, setting.group.device)
+        given = (self._judges(), setting.recipe, setting.group.device)
         return trained, SetLoss(module, pair.teacher, pair.objective, *given)
+
+    def _judges(self) -> Samples:
+        """Held-out samples that can tell as much as those to train on, else these."""
+        samples, held_out = self.setting.samples, self.setting.held_out
+        if held_out is None or (held_out.labels is None and samples.labels is not None):
+            return samples
+        return held_out
 
     def _told(self, stage: str) -> Callable[[int, int], None] | None:
         progress = self.setting.progress

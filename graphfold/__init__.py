@@ -381,7 +381,7 @@ def finetune(
         model: in any form that `optimize` takes.
         data: samples to train on, with labels or without (`calibration.dataset.read_dataset`).
         plan: what is removed and merged; None trains the model as it is.
-        validation: samples to judge on; by default a tenth of `data` is held back.
+        validation: samples to judge on; by default some of `data`, see `calibration.search`.
         teacher: to learn from, a model in any of these forms or a torch module; by default the
             model itself.
         options: recipe, alpha, temperature, smoothing, free_activations, allow_other_model,
@@ -412,10 +412,10 @@ def search(
         model: in any form that `optimize` takes.
         data: samples to train on, with labels or without (`calibration.dataset.read_dataset`).
         budgets: a plan is found for each: `masking.Budget("keep", 8)`, "speedup" or "ms".
-        validation: samples to judge on; by default a tenth of `data` is held back.
+        validation: samples to judge on; by default some of `data`, see `calibration.search`.
         teacher: to learn from, a model in any of these forms or a torch module; by default the
             model itself.
-        options: use_labels, decays, per, ends, latency, boundary, recipe, alpha, temperature,
+        options: by, use_labels, decays, per, ends, latency, boundary, recipe, alpha, temperature,
             smoothing, input_shapes, folder, header, group, progress.
 
     Raises:

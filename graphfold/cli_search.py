@@ -60,7 +60,8 @@ def _search(
         typer.Option(
             "--validation",
             metavar="D",
-            help="Inputs to judge on, as --data. Default: a tenth of --data is held back.",
+            help="Inputs to judge on, as --data. Default: some of --data; --by gradient holds a "
+            "tenth of it back.",
             show_default=False,
         ),
     ] = None,

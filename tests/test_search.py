@@ -29,6 +29,7 @@ from graphfold.calibration.pairs import pair_up  # noqa: E402
 from graphfold.calibration.recipe import Recipe  # noqa: E402
 from graphfold.calibration.samples import Samples  # noqa: E402
 from graphfold.calibration.search import search  # noqa: E402
+from graphfold.calibration.sets import SetLoss  # noqa: E402
 from graphfold.calibration.training import train  # noqa: E402
 from graphfold.calibration.untie import untie  # noqa: E402
 from graphfold.candidates import find_candidates  # noqa: E402
@@ -342,6 +343,27 @@ def test_the_report_has_the_losses_of_sets(tmp_path):
     assert len(masks.rows) == 3
 
 
+def test_sets_are_judged_by_held_out_samples_that_tell_as_much(monkeypatch):
+    model, data, others = load(chain(2)), samples(48), samples(32, seed=1)
+    judges = []
+
+    class Seen(SetLoss):
+        def __init__(self, module, teacher, objective, given, *more):
+            judges.append(given)
+            super().__init__(module, teacher, objective, given, *more)
+
+    monkeypatch.setattr("graphfold.calibration.searching.SetLoss", Seen)
+    for given, held_out, expected in (
+        (data, None, data),
+        (data, others, others),
+        (data, others.without_labels(), data),
+        (data.without_labels(), others.without_labels(), None),
+    ):
+        options = {"held_out": held_out, "recipe": RECIPE, "decays": (0.0,)}
+        search(model, given, [Budget("keep", 1)], **options)
+        assert judges[-1] is (expected or held_out)
+
+
 def test_what_is_on_is_chosen_anew_after_each_epoch():
     chosen = []
 
@@ -499,6 +521,16 @@ def test_plans_of_the_command_are_fine_tuned_and_folded(files, capfd):
 def test_what_cannot_be_searched_is_refused(files, capfd, more, match):
     assert main(command(files, *more)) in (1, 2)
     assert match in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("by", "steps"), [("loss", 8), ("gradient", 6)])
+def test_samples_are_held_back_where_they_are_needed(files, capfd, by, steps):
+    given = command(files, "--keep", "1", "--by", by, "--decay", "0", "--json")
+    at = given.index("--validation")
+    assert main(given[:at] + given[at + 2 :]) == 0
+    (run,) = json.loads(capfd.readouterr().out)["runs"]
+    assert run["steps"] == steps  # 64 samples, or 58, in batches of 16, for two epochs
+    assert (run["held_out"] is None) == (by == "loss")
 
 
 def test_a_folder_that_nothing_came_into_goes(files, capfd):
