@@ -23,7 +23,7 @@ from graphfold.calibration.recipe import Recipe
 from graphfold.calibration.samples import Samples
 from graphfold.candidates import find_candidates
 from graphfold.graph import Graph
-from graphfold.masking import find_masks
+from graphfold.masking import Per, find_masks
 from graphfold.measures import LatencyTable, read_importance, read_latency
 from graphfold.model import Model, load, save, to_proto
 from graphfold.plan import Plan
@@ -145,10 +145,12 @@ class Kind:
     Attributes:
         make: it, of a width and with first weights of a seed.
         trained: a file of ../shared that has been trained, taken as it is.
+        per: what masks are of; plain networks have no blocks.
     """
 
     make: Callable[[float, int], onnx.ModelProto]
     trained: str | None = None
+    per: Per = "block"
 
     def width(self, size: Size) -> float:
         """Of the original."""
@@ -159,7 +161,7 @@ NETWORKS = {
     "mobilenetv2": Kind(mobilenet),
     "resnet20": Kind(partial(resnet, 3), "cifar10_resnet20_bn"),
     "resnet56": Kind(partial(resnet, 9), "cifar10_resnet56_bn"),
-    "vgg": Kind(vgg),
+    "vgg": Kind(vgg, per="activation"),
 }
 
 
@@ -222,7 +224,7 @@ class Bench:
             save(self.trained(first, None, recipe).result.reference, path)
         self.original = load(path) if kind.trained is None else first
         self.candidates = find_candidates(Graph(self.original))
-        self.masks = find_masks(self.candidates)
+        self.masks = find_masks(self.candidates, kind.per)
         self.seconds: dict[str, float] = {}
 
     def _first(self) -> Model:

@@ -68,6 +68,7 @@ class Methods:
                 self.bench.pictures.train,
                 [budget],
                 by=by,
+                per=self.bench.kind.per,
                 latency=self.bench.latency,
                 recipe=Recipe(epochs=size.searched, learning_rate=size.rate, seed=seed),
                 group=self.bench.group,

@@ -31,6 +31,7 @@ from graphfold.calibration.channels import (
     bias_vector,
     cut_channels,
     find_inner,
+    inner_of,
     weight_matrix,
 )
 from graphfold.calibration.gathering import Job, in_parts
@@ -358,8 +359,10 @@ class Workbench:
         if not narrowed:
             return
         # In execution order: a layer's rows may be cut only after its columns were fitted.
-        for place in find_inner(graph):
-            if place.key in narrowed and place.channels == self.inner[place.key].channels:
+        for found in find_inner(graph):
+            if found.key in narrowed and found.channels == self.inner[found.key].channels:
+                # Anew: the place before may have given this one's producer a bias.
+                place = inner_of(graph, found.consumer, found.output)
                 kept, weight, bias = self._narrowed_in(graph, place, state[place.key], own)
                 cut_channels(graph, place, kept, weight, bias)
 

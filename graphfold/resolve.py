@@ -231,11 +231,14 @@ class _Resolver:
         return [site for site in convs if site.removable]
 
     def check_overlaps(self, segments: Sequence[ResolvedSegment]) -> None:
+        """Narrowed segments may share the convolution that ends one and begins the next."""
         owner: dict[ir.Node, ResolvedSegment] = {}
         reported: set[tuple[str, str]] = set()
         for segment in segments:
             for node in segment.nodes:
                 other = owner.setdefault(node, segment)
+                if other.spec.family == segment.spec.family == "narrow":
+                    continue
                 pair = (other.path, segment.path)
                 if other is not segment and pair not in reported:
                     reported.add(pair)
