@@ -51,8 +51,7 @@ def test_both_are_narrowed(ends):
 
 
 def test_both_are_trained():
-    torch = pytest.importorskip("torch")
-    assert torch
+    pytest.importorskip("torch")
     from trainable import pictures
 
     from graphfold.calibration.finetune import finetune
