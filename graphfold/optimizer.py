@@ -216,7 +216,7 @@ def _optimize(
     if verify:
         with clock.stage("verify", progress):
             verification = _verify(
-                source,
+                original,
                 reference,
                 work,
                 statistics,
@@ -353,7 +353,7 @@ def _strip(model: Model) -> None:
 
 
 def _verify(
-    source: Model,
+    original: Model,
     reference: Reference,
     work: Work,
     statistics: Sequence[PassStatistics],
@@ -362,7 +362,7 @@ def _verify(
     from graphfold.verifier import verify as compare
 
     folded = work.graph.model
-    differences = compare_interfaces(source, folded)
+    differences = compare_interfaces(original, folded)
     if differences:
         raise VerificationError(
             "the folded network's interface differs: " + "; ".join(differences),
@@ -372,7 +372,7 @@ def _verify(
         reference.model,
         folded,
         folds=[fold for fold in _ordered_folds(folded, statistics) if fold.scope is None],
-        original=source,
+        original=original,
         affines=work.affines,
         **options,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ from builders import ModelBuilder, op_types, run
 
 import graphfold
 from graphfold.calibration.fitting import fit_plan, sketch_plan
-from graphfold.errors import PlanError, UsageError
-from graphfold.model import load
+from graphfold.errors import PlanError, UsageError, VerificationError
+from graphfold.model import load, to_proto
 from graphfold.optimizer import optimize_model
 from graphfold.plan import read_plan
 
@@ -96,6 +97,20 @@ def test_several_families_at_once_and_one_that_is_dropped():
     dropped["segments"].append(BLOCK | {"family": "identity"})
     result = graphfold.optimize(proto, dropped, data=data())
     assert op_types(result.model).count("Conv") == 3
+
+
+def test_a_fit_that_breaks_the_network_is_no_fault_of_the_input_model():
+    def breaking(model, asked):
+        fitted = sketch_plan(model, asked)
+        proto = to_proto(fitted.model)
+        weight = next(item for item in proto.graph.initializer if len(item.dims) == 4)
+        array = onnx.numpy_helper.to_array(weight)[:-1]
+        weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+        return replace(fitted, model=load(proto))
+
+    asked = plan(BLOCK | {"family": "pointwise"})
+    with pytest.raises(VerificationError, match="reference network"):
+        optimize_model(load(network()), asked, fit=breaking)
 
 
 def test_the_same_data_give_the_same_bytes():
