@@ -1,15 +1,19 @@
-"""What training expanded convolutions gains: a small VGG on CIFAR-10, from scratch.
+"""What training expanded convolutions gains: small networks on CIFAR-10, from scratch.
 
     python benchmarks/expand.py
+    python benchmarks/expand.py --network mobilenetv2
 
-trains the same network, from the same first weights and by the same recipe, as it is, with its
-inner 3x3 convolutions as inverted residual blocks whose activations fade out, and with them as
-linear blocks. All are folded to one structure, and judged as folded on CIFAR-10's test images.
+trains the same network, from the same first weights and by the same recipe, as it is, with some
+of its convolutions (VGG: the inner 3x3 ones; MobileNetV2: every second block's first) as inverted
+residual blocks whose activations fade out, and with them as linear blocks. All are folded to one
+structure, and judged as folded on CIFAR-10's test images.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,7 @@ import shared_data
 import torch
 from common import command_line, markdown, write
 from networks import Network
+from training_bench import mobilenet
 
 import graphfold
 from graphfold.calibration.anneal import Annealing
@@ -32,8 +37,6 @@ from graphfold.model import Model, load, to_proto
 
 # Width and number of the 3x3 convolutions before each pooling: VGG-11's, an eighth as wide.
 STAGES = ((16, 1), (24, 1), (32, 2), (64, 2), (64, 2))
-# As in the paper: all 3x3 convolutions but the first two and the last.
-RULES: dict[str, Any] = {"convs": ["k3"], "skip_first": 2, "skip_last": 1}
 _WATCHED = 1000  # test images that the curves in the data are of
 VARIANTS = ("plain", "inverted", "linear")
 
@@ -51,6 +54,14 @@ def vgg(seed: int) -> onnx.ModelProto:
     for value in (*proto.graph.input, *proto.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "N"
     return proto
+
+
+# What is expanded is as in the paper: all 3x3 convolutions but the first two and the last, and
+# the first pointwise convolution of every second inverted-residual block.
+NETWORKS: dict[str, tuple[Callable[[int], onnx.ModelProto], dict[str, Any]]] = {
+    "vgg": (vgg, {"convs": ["k3"], "skip_first": 2, "skip_last": 1}),
+    "mobilenetv2": (partial(mobilenet, 0.5), {"convs": ["expansions"], "every": 2}),
+}
 
 
 def cifar(part: str, limit: int | None) -> Samples:
@@ -81,12 +92,13 @@ def judge(model: Model, test: Samples) -> tuple[float, float]:
 
 def train(variant: str, seed: int, data: tuple[Samples, Samples], options: Any) -> dict[str, Any]:
     """One training, from first weights to the folded network's accuracy."""
-    network = load(vgg(seed))
+    make, rules = NETWORKS[options.network]
+    network = load(make(seed))
     plain = graphfold.optimize(network, verify=False)
     expanded: Expanded | None = None
     hooks = None
     if variant != "plain":
-        expanded = graphfold.expand(network, kind=variant, ratio=options.ratio, seed=seed, **RULES)
+        expanded = graphfold.expand(network, kind=variant, ratio=options.ratio, seed=seed, **rules)
     if expanded is not None and variant == "inverted":
         hooks = Annealing(expanded.expanded, expanded.plan, *options.anneal)
     recipe = Recipe(
@@ -160,6 +172,7 @@ def table(runs: list[dict[str, Any]], seeds: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", choices=list(NETWORKS), default="vgg")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS[1:], default=VARIANTS[1:])
     parser.add_argument("--epochs", type=int, default=12)
@@ -170,8 +183,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=0.1)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--name", default="expand", help="of the results")
+    parser.add_argument("--name", help="of the results")
     options = parser.parse_args()
+    name = options.name or ("expand" if options.network == "vgg" else f"expand_{options.network}")
     torch.set_num_threads(options.threads)
     data = cifar("train", options.samples), cifar("test", options.test)
     runs = []
@@ -182,8 +196,8 @@ def main() -> None:
             print(seed, variant, f"{100 * last['accuracy']:.2f} %", f"{last['seconds']:.0f} s",
                   flush=True)  # fmt: skip
     command = command_line("python benchmarks/expand.py", parser, options, ("name",))
-    title = "Expanded convolutions on CIFAR-10: a small VGG from scratch, folded to one structure"
-    write(options.name, title, command, table(runs, options.seeds), {"runs": runs})
+    title = f"Expanded convolutions on CIFAR-10: a small {options.network} from scratch, folded"
+    write(name, title, command, table(runs, options.seeds), {"runs": runs})
 
 
 if __name__ == "__main__":
