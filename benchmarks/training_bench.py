@@ -146,11 +146,14 @@ class Kind:
         make: it, of a width and with first weights of a seed.
         trained: a file of ../shared that has been trained, taken as it is.
         per: what masks are of; plain networks have no blocks.
+        ends: whether the first and the last activation may go, too; what a plain network can win
+            by merging is all at its beginning.
     """
 
     make: Callable[[float, int], onnx.ModelProto]
     trained: str | None = None
     per: Per = "block"
+    ends: bool = False
 
     def width(self, size: Size) -> float:
         """Of the original."""
@@ -161,7 +164,7 @@ NETWORKS = {
     "mobilenetv2": Kind(mobilenet),
     "resnet20": Kind(partial(resnet, 3), "cifar10_resnet20_bn"),
     "resnet56": Kind(partial(resnet, 9), "cifar10_resnet56_bn"),
-    "vgg": Kind(vgg, per="activation"),
+    "vgg": Kind(vgg, per="activation", ends=True),
 }
 
 
@@ -224,7 +227,7 @@ class Bench:
             save(self.trained(first, None, recipe).result.reference, path)
         self.original = load(path) if kind.trained is None else first
         self.candidates = find_candidates(Graph(self.original))
-        self.masks = find_masks(self.candidates, kind.per)
+        self.masks = find_masks(self.candidates, kind.per, ends=kind.ends)
         self.seconds: dict[str, float] = {}
 
     def _first(self) -> Model:

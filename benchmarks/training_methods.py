@@ -69,6 +69,7 @@ class Methods:
                 [budget],
                 by=by,
                 per=self.bench.kind.per,
+                ends=self.bench.kind.ends,
                 latency=self.bench.latency,
                 recipe=Recipe(epochs=size.searched, learning_rate=size.rate, seed=seed),
                 group=self.bench.group,
