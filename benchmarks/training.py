@@ -65,9 +65,9 @@ def table_runs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
         add("random masks", size.masks, partial(methods.random, budget))
         add("the search's blocks dropped", 1, partial(methods.dropped, speedup))
         for method, name in METHODS.items():
-            add(name, 1, partial(methods.planned, method, speedup))
-        add("Depth, then LayerOnly", 1, partial(methods.one_after_the_other, speedup))
-        add("fitted, then trained", 1, partial(methods.fitted, speedup))
+            add(name, size.searches, partial(methods.planned, method, speedup))
+        add("Depth, then LayerOnly", size.searches, partial(methods.one_after_the_other, speedup))
+        add("fitted, then trained", size.searches, partial(methods.fitted, speedup))
         if speedup in size.narrowed:
             add("narrower, from first weights", 1, partial(methods.narrower, speedup))
             add("narrower, with the teacher", 1, partial(methods.narrower, speedup, teach=True))
