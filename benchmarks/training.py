@@ -96,29 +96,30 @@ def recovery_runs(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
     methods, size = Methods(bench), bench.size
     speedup = size.speedups[len(size.speedups) // 2]
 
-    def merged(epochs: int) -> dict[str, Any]:
-        return bench.train(methods.plan("layermerge", speedup), epochs=epochs)
+    def merged(epochs: int, seed: int) -> dict[str, Any]:
+        return bench.train(methods.plan("layermerge", speedup), epochs=epochs, seed=seed)
 
     @cache
     def measured() -> float:
         plan = methods.plan("layermerge", speedup)
         return bench.speedup(graphfold.optimize(bench.original, plan, verify=False).folded)
 
-    def fitted(epochs: int) -> dict[str, Any]:
-        return methods.fitted(measured(), epochs=epochs)
+    def fitted(epochs: int, seed: int) -> dict[str, Any]:
+        return methods.fitted(measured(), epochs=epochs, seed=seed)
 
-    def fitted_plan(epochs: int) -> dict[str, Any]:
+    def fitted_plan(epochs: int, seed: int) -> dict[str, Any]:
         original = bench.original
         plan = refitted(methods.plan("layermerge", speedup))
         data = bench.pictures.dataset(original, size.calibrated)
         feeds = [dict(batch.feed) for batch in data.batches(50)]
         network = graphfold.optimize(original, plan, data=feeds, verify=False).folded
-        return bench.train(None, model=network, epochs=epochs)
+        return bench.train(None, model=network, epochs=epochs, seed=seed)
 
     ways = {"LayerMerge": merged, "LayerMerge's plan, fitted": fitted_plan, "fitted": fitted}
     lengths = [max(1, round(size.recovery * share)) for share in (1 / 9, 1 / 6, 1 / 3, 1 / 2, 1)]
     return {
-        f"{name}|{epochs}|0": partial(run, epochs)
+        f"{name}|{epochs}|{seed}": partial(run, epochs, seed)
+        for seed in range(size.searches)
         for epochs in dict.fromkeys(lengths)
         for name, run in ways.items()
     }

@@ -48,7 +48,7 @@ class Size:
         rate: learning rate of both.
         speedups: budgets.
         masks: random masks for each budget.
-        searches: seeds of searches, and of what planners choose.
+        searches: seeds of searches, of what planners choose, and of shares of the training.
         seeds: of the trainings with and without labels.
         scored: pictures of one training of LayerMerge's importance.
         scored_epochs: times that they are seen.
