@@ -109,6 +109,8 @@ class Methods:
             for each in document["segments"]
             if shapes[each["input"]] == shapes[each["output"]]
         ]
+        if not document["segments"]:
+            return {"reason": "nothing that the search merges has the shape of what it reads"}
         return self.bench.train(read_plan(document), seed=seed)
 
     def narrower(self, speedup: float, seed: int = 0, teach: bool = False) -> dict[str, Any]:
