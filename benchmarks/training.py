@@ -268,13 +268,15 @@ def run_part(bench: Bench, part: str, options: argparse.Namespace) -> None:
         }
     if "original" not in known:
         known["original"] = bench.train(None, epochs=1, teach=False)["before"]
-    for key, run in PARTS[part](bench).items():
+    runs = PARTS[part](bench)
+    for key, run in runs.items():
         if key in known["runs"] or not _wanted(key, options.only):
             continue
         try:
             known["runs"][key] = run()
         except BudgetError as error:
             known["runs"][key] = {"reason": str(error)}
+        known["runs"] = {each: known["runs"][each] for each in runs if each in known["runs"]}
         known["seconds"] |= bench.seconds
         print(key, {k: v for k, v in known["runs"][key].items() if k != "curve"}, flush=True)
         report(options, part, known)
