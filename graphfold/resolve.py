@@ -237,7 +237,7 @@ class _Resolver:
         for segment in segments:
             for node in segment.nodes:
                 other = owner.setdefault(node, segment)
-                if other.spec.family == segment.spec.family == "narrow":
+                if _adjoin(other, segment):
                     continue
                 pair = (other.path, segment.path)
                 if other is not segment and pair not in reported:
@@ -330,3 +330,9 @@ def _fit(one: TensorShape, two: TensorShape) -> bool:
         a == b or not isinstance(a, int) or not isinstance(b, int)
         for a, b in zip(one, two, strict=True)
     )
+
+
+def _adjoin(one: ResolvedSegment, other: ResolvedSegment) -> bool:
+    """Whether both are narrowed, each in another place: no more than one convolution is shared."""
+    shared = [node for node in one.nodes & other.nodes if node.op_type == "Conv"]
+    return one.spec.family == other.spec.family == "narrow" and len(shared) == 1

@@ -7,6 +7,7 @@ import pytest
 from builders import ModelBuilder
 
 import graphfold
+from graphfold.errors import PlanError
 from graphfold.graph import Graph
 from graphfold.model import load, to_proto
 from graphfold.plan import read_plan
@@ -63,3 +64,9 @@ def test_both_are_trained():
     recipe = Recipe(epochs=1, batch_size=16, augment=False)
     tuned = finetune(plain(), data, plan(*ENDS), held_out=data, recipe=recipe)
     assert tuned.folding.error < 1e-5
+
+
+@pytest.mark.parametrize("second", [("act0", "norm2", 5), ("act0", "norm3", 5)])
+def test_one_place_is_not_narrowed_twice(second):
+    with pytest.raises(PlanError, match="overlaps"):
+        resolve_plan(Graph(plain()), read_plan(plan(("act0", "norm2", 6), second)))
